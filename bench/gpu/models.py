@@ -122,8 +122,10 @@ class Step:
         self.caches = decoder.new_caches(
             config,
             [sequences * pages + 1] * len(config.layers),
-            lambda shape: torch.randn(shape, dtype=torch.bfloat16, device=device),
-        )
+            1 + sequences,
+            torch.bfloat16,
+            lambda shape, dtype: torch.randn(shape, device=device).to(dtype),
+        ).layers
         self.ids = torch.randint(config.vocab_size, (tokens,), dtype=torch.int32, device=device)
 
     @torch.inference_mode()

@@ -45,7 +45,7 @@ def test_plan_of_a_mixed_step(benchmark: BenchmarkFixture, scheduler: Scheduler)
     """The arrays of that step."""
     step = scheduler.schedule()
     assert step is not None
-    plan = benchmark(build_plan, step, scheduler.cache.page_tables, LIMITS.page_tokens)
+    plan = benchmark(build_plan, step, scheduler.cache)
     assert len(plan.token_ids) == LIMITS.mixed_step_tokens
 
 
@@ -54,7 +54,7 @@ def test_plan_of_a_decode_step(benchmark: BenchmarkFixture, scheduler: Scheduler
     scheduler.remove(63)
     step = scheduler.schedule()
     assert step is not None
-    plan = benchmark(build_plan, step, scheduler.cache.page_tables, LIMITS.page_tokens)
+    plan = benchmark(build_plan, step, scheduler.cache)
     assert len(plan.token_ids) == 63
 
 

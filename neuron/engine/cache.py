@@ -1,4 +1,4 @@
-"""Caches of one model's sequences: which pages each holds, what a new one may reuse, and what can be given back.
+"""Caches of one model's sequences: what each holds, what a new one may reuse, and what can be given back.
 
 Table 0 has every page of a sequence, and what it needs beyond its prompt is not set aside: its pages decide about
 admission and preemption. A windowed table has a sequence's pages from the first that its next token can see; a prompt's
@@ -6,8 +6,9 @@ are allocated chunk by chunk. It is small, so that the pages which a sequence ma
 is admitted, and never run out. Pages are given back when tokens are settled, not before: until then their contents may
 be unsound, and a page that was not published must be.
 
-A prefix can be reused up to a token if table 0 has all pages before it, and each windowed table those that the token
-sees. No torch and no decisions about sequences: the scheduler asks.
+A prefix can be reused up to a token if table 0 has all pages before it, each windowed table those that the token sees,
+and where layers keep a state, :mod:`neuron.engine.states` has a checkpoint. No torch and no decisions about sequences:
+the scheduler asks.
 """
 
 from collections.abc import Collection
@@ -16,7 +17,8 @@ import numpy as np
 
 from neuron.engine.pages import PagePool
 from neuron.engine.sequence import NO_PAGES, Int32Array, Sequence
-from neuron.layers.cache import WindowTable, chunk_pages, window_pages
+from neuron.engine.states import States
+from neuron.layers.cache import StateSlots, WindowTable, chunk_pages, window_pages
 
 
 class WindowPages:
@@ -45,8 +47,8 @@ class WindowPages:
             index -= 1
         return num_pages
 
-    def can_admit(self, num_pages: int) -> bool:
-        """Return whether a sequence of ``num_pages`` in all can be admitted."""
+    def can_admit(self, keys: list[bytes], num_pages: int) -> bool:
+        """Return whether a sequence of ``num_pages`` in all can be admitted, whatever prefix ``keys`` it shares."""
         return min(num_pages, self._most) <= self._num_unreserved
 
     def admit(self, slot: int, keys: list[bytes], num_pages: int) -> None:
@@ -104,7 +106,7 @@ class Cache:
     """Caches of ``num_slots`` running sequences of up to ``context_tokens``.
 
     ``windows`` are the page tables beside table 0, which has ``num_pages``; steps have up to ``step_tokens`` of
-    prompts.
+    prompts. ``states`` are the slots for states, where layers keep one.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Cache:
         num_slots: int,
         step_tokens: int,
         windows: tuple[WindowTable, ...] = (),
+        states: StateSlots | None = None,
     ) -> None:
         self.pool = PagePool(num_pages)
         """Pages of table 0."""
@@ -127,6 +130,8 @@ class Cache:
             WindowPages(table, sizes, page_tokens, step_tokens)
             for table, sizes in zip(self.page_tables[1:], windows, strict=True)
         )
+        self.states = None if states is None else States(states, num_slots, page_tokens)
+        self._parts: tuple[WindowPages | States, ...] = (*self.windows, *([] if self.states is None else [self.states]))
 
     def num_pages(self, num_tokens: int) -> int:
         """Return the pages of ``num_tokens``."""
@@ -138,9 +143,18 @@ class Cache:
         count, before = len(pages), -1
         while count != before:
             before = count
-            for window in self.windows:
-                count = window.reusable(keys, count)
+            for part in self._parts:
+                count = part.reusable(keys, count)
         return pages[:count]
+
+    def resumable(self, num_pages: int, num_fill: int, num_keys: int) -> Collection[int]:
+        """Return the numbers of pages behind ``num_pages`` up to which a prompt will be reusable once it is computed.
+
+        It has ``num_fill`` tokens, of which the first ``num_keys`` pages may be shared.
+        """
+        if self.states is None:
+            return range(num_pages + 1, num_keys + 1)
+        return self.states.planned(num_pages, num_fill, num_keys)
 
     def admit(self, sequence: Sequence, slot: int, keys: list[bytes], margin: int) -> bool:
         """Give ``sequence`` the pages of its tokens, sharing those of ``keys``, if ``margin`` pages stay free then.
@@ -151,22 +165,23 @@ class Cache:
         num_pages, most = self.num_pages(sequence.num_tokens), self.num_pages(sequence.num_cache_tokens)
         if num_pages - len(shared) + margin > self.pool.num_free - self.pool.count_idle(shared):
             return False
-        if not all(window.can_admit(most) for window in self.windows):
+        keys = keys[: len(shared)]
+        if not all(part.can_admit(keys, most) for part in self._parts):
             return False
         self.pool.share(shared)
         sequence.pages = np.concatenate((shared, self.pool.allocate(num_pages - len(shared))))
         sequence.slot = slot
         self.page_tables[0, slot, :num_pages] = sequence.pages
         sequence.num_published = len(shared)
-        for window in self.windows:
-            window.admit(slot, keys[: len(shared)], most)
+        for part in self._parts:
+            part.admit(slot, keys, most)
         return True
 
     def remove(self, sequence: Sequence) -> None:
         """Release all that a running sequence has."""
         self.pool.release(sequence.pages)
-        for window in self.windows:
-            window.remove(sequence.slot)
+        for part in self._parts:
+            part.remove(sequence.slot)
         self.page_tables[:, sequence.slot] = 0
         sequence.pages, sequence.slot, sequence.num_published = NO_PAGES, -1, 0
 
@@ -181,17 +196,29 @@ class Cache:
             window.extend(sequence.slot, len(sequence.pages))
         return True
 
-    def extend(self, sequence: Sequence, num_tokens: int) -> None:
-        """Allocate what a prompt's next ``num_tokens`` need beyond its pages in table 0."""
+    def extend(self, sequence: Sequence, count: int) -> int:
+        """Allocate what the next ``count`` tokens of a prompt need beyond its pages in table 0.
+
+        Returns how many of them to compute in a step: fewer where it has to end at a checkpoint.
+        """
+        if self.states is not None:
+            count = self.states.cut(sequence, count)
+            self.states.extend(sequence, count)
         for window in self.windows:
-            window.extend(sequence.slot, self.num_pages(sequence.num_computed + num_tokens))
+            window.extend(sequence.slot, self.num_pages(sequence.num_computed + count))
+        return count
+
+    def begin(self, sequence: Sequence) -> None:
+        """Record that a step of a sequence has been launched."""
+        if self.states is not None:
+            self.states.begin(sequence.slot)
 
     def publish(self, sequence: Sequence, index: int) -> None:
         """Let page ``index`` of a sequence, which is settled, be found under its key."""
         key = sequence.keys[index]
         self.pool.publish(int(sequence.pages[index]), key)
-        for window in self.windows:
-            window.publish(sequence.slot, index, key)
+        for part in self._parts:
+            part.publish(sequence.slot, index, key)
 
     def give_back(self, sequence: Sequence) -> None:
         """Release what no token behind the settled ones of a sequence sees."""
@@ -199,9 +226,13 @@ class Cache:
             window.give_back(sequence.slot, sequence.num_settled)
 
     def unsettled(self, sequence: Sequence) -> tuple[Int32Array, ...]:
-        """Return the pages of a sequence in each table that hold other than settled tokens."""
+        """Return the pages of a sequence in each table that hold other than settled tokens.
+
+        Behind them, where layers keep a state, the slots with one of such tokens.
+        """
         first = sequence.num_settled // self.page_tokens
-        return (sequence.pages[first:], *(window.held(sequence.slot, first) for window in self.windows))
+        states = () if self.states is None else (self.states.unsettled(sequence.slot),)
+        return (sequence.pages[first:], *(window.held(sequence.slot, first) for window in self.windows), *states)
 
     def check_integrity(self, running: Collection[Sequence]) -> None:
         """Raise unless pages and page tables agree with the sequences that run."""
@@ -211,5 +242,5 @@ class Cache:
             expected[sequence.slot, : len(sequence.pages)] = sequence.pages
         if not np.array_equal(expected, self.page_tables[0]):
             raise RuntimeError("the page table differs from the sequences' pages")
-        for window in self.windows:
-            window.check_integrity(running)
+        for part in self._parts:
+            part.check_integrity(running)

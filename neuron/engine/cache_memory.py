@@ -1,7 +1,7 @@
-"""Memory of a model's caches on its device, by layers and page tables.
+"""Memory of a model's caches on its device, by layers, page tables and state slots.
 
-Which pages a sequence has is decided by :mod:`neuron.engine.cache`. Each table has one page more than its pool: page 0
-pads page tables.
+Which pages and slots a sequence has is decided by :mod:`neuron.engine.cache`. Each table of :class:`LayerCaches` has
+two pages more than its pool: page 0 pads page tables, and the last one is of rows without a sequence.
 """
 
 import mmap
@@ -13,7 +13,7 @@ import torch
 
 from neuron.engine.sequence import Int32Array
 from neuron.engine.staging import to_device
-from neuron.layers.cache import table_of
+from neuron.layers.cache import SequenceState, table_of
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import decoder
 from neuron.models.model import ModelConfig
@@ -28,7 +28,8 @@ class LayerCaches:
     def __init__(
         self, config: ModelConfig, plan: MemoryPlan, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
     ) -> None:
-        windows = [cache.window_tokens if cache is not None else 0 for cache in config.caches()]
+        self._kinds = config.caches(shard)
+        windows = [cache.window_tokens if cache is not None else 0 for cache in self._kinds]
         self._tables = [table_of(window, plan.tables) for window in windows]
         """Page table of each layer."""
         self.device = device
@@ -37,24 +38,40 @@ class LayerCaches:
             for table in range(len(plan.pages))
         ]
         """Longest window of the layers with each table, in tokens; 0: none has one."""
-        num_pages = [plan.pages[table] + 1 for table in self._tables]
-        self.layers = decoder.new_caches(config, num_pages, lambda shape: zeros(shape, dtype, device), shard)
-        """Tensors of each layer, pages first; ``None`` for a layer without a cache."""
+        self.padding_pages = np.array(plan.pages, np.int32) + 1
+        """Page of each table for rows without a sequence."""
+        num_pages = [plan.pages[table] + 2 for table in self._tables]
+        num_slots = 0 if plan.states is None else 1 + plan.states.num_slots
+        self.layers, self._states = decoder.new_caches(
+            config, num_pages, num_slots, dtype, lambda shape, kind: zeros(shape, kind, device), shard
+        )
 
     def of_layers(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return the one of ``batches``, which are of all page tables, for each layer."""
         return [batches[table] for table in self._tables]
 
+    def copy_states(self, copies: Int32Array) -> None:
+        """Copy states ``[2, N]``, from and to; from 0 stands for zeros."""
+        for source, to in copies.T.tolist():
+            assert self._states is not None
+            if source:
+                self._states[to].copy_(self._states[source])
+            else:
+                self._states[to].zero_()
+
     def clear(self, tables: Sequence[Int32Array]) -> None:
-        """Zero pages of each table, so that a NaN in them cannot reach the next sequence that gets them.
+        """Zero pages of each table, and behind these slots, so that a NaN in them cannot reach the next sequence.
 
         Tokens beyond a sequence's end in its last page are masked, and zero times NaN is NaN.
         """
-        chosen = [to_device(pages, self.device).to(torch.int64) for pages in tables[: len(self.windows)]]
+        chosen = [to_device(pages, self.device).to(torch.int64) for pages in tables]
         # An assignment would copy the 0 to the device and wait for all queued work.
-        for cache, table in zip(self.layers, self._tables, strict=True):
+        for cache, kind, table in zip(self.layers, self._kinds, self._tables, strict=True):
             for tensor in cache or ():
-                tensor.index_fill_(0, chosen[table], 0)
+                if not isinstance(kind, SequenceState):
+                    tensor.index_fill_(0, chosen[table], 0)
+        if self._states is not None:
+            self._states.index_fill_(0, chosen[-1], 0)
 
 
 class NativeCaches:

@@ -32,6 +32,7 @@ class EagerExecutor:
         """Queue a step on the device."""
         positions, context_lens = self._to_device(plan.positions), self._to_device(plan.context_lens)
         cu_seqlens = self._to_device(plan.cu_seqlens)
+        state_slots = self._to_device(plan.state_slots) if len(plan.state_slots) else None
         batches = [
             Batch(
                 positions=positions,
@@ -41,6 +42,7 @@ class EagerExecutor:
                 context_lens=context_lens,
                 num_decodes=plan.num_decodes,
                 parts=self._parts(plan, page_table, window),
+                state_slots=state_slots,
             )
             for slot_mapping, page_table, window in zip(
                 plan.slot_mappings, plan.page_tables, self.caches.windows, strict=True
@@ -49,7 +51,9 @@ class EagerExecutor:
         token_ids = self._to_device(plan.token_ids)
         if plan.token_ids.min() < 0:
             token_ids = self._known(token_ids)
+        self.caches.copy_states(plan.state_loads)
         hidden = self.forward.hidden(token_ids, self.caches.of_layers(batches), self.caches.layers)
+        self.caches.copy_states(plan.state_saves)
         last = hidden.index_select(0, cu_seqlens[1:] - 1)
         finite = last.sum(-1, dtype=torch.float32).isfinite()
         ids = torch.empty(0, dtype=torch.int32, device=self.caches.device)

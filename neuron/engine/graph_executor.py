@@ -9,8 +9,7 @@ A graph ends in the sampling kernel and moves its own rows on, so that launching
 decode is the same graph, launched by the loop without Python. The sampled tokens go to the host's memory. A
 step with a row that does not draw plainly (penalties, a grammar, log probabilities) is sampled behind its graph.
 
-Rows without a sequence repeat the first sequence's and write the same key and value to the same KV slot, so that they
-need no page.
+Rows without a sequence have a page of their own in each table, and a state slot: they share nothing with a sequence.
 """
 
 import dataclasses
@@ -129,12 +128,10 @@ class GraphExecutor:
         else:
             if self._samples:
                 self.max_steps = MAX_STEPS
-        # Capturing ran the step, which wrote to page 0: it is zero for all who pad with it.
-        self.clear_pages((np.zeros(1, np.int32),) * len(self._eager.caches.windows))
 
     def _captured(self, size: int) -> _Bucket:
         forward, caches = self._eager.forward, self._eager.caches
-        inputs = StepInputs(size, self._num_columns, self._device, self._published, len(caches.windows))
+        inputs = StepInputs(size, self._num_columns, self._device, self._published, caches.padding_pages)
         state = inputs.state
         cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=self._device)
         batches = caches.of_layers(
@@ -146,6 +143,7 @@ class GraphExecutor:
                     page_table=page_table,
                     context_lens=state.context_lens,
                     num_decodes=size,
+                    state_slots=inputs.state_slots,
                 )
                 for slot_mapping, page_table in zip(state.slot_mappings, state.page_tables, strict=True)
             ]
@@ -194,4 +192,5 @@ def buckets(most: int) -> list[int]:
 
 def _is_decode(plan: StepPlan) -> bool:
     rows: Int32Array = plan.token_ids
-    return len(rows) == plan.num_decodes == len(plan.sampled) and not len(plan.hidden_rows)
+    has_more = len(plan.hidden_rows) or plan.state_loads.size or plan.state_saves.size
+    return len(rows) == plan.num_decodes == len(plan.sampled) and not has_more

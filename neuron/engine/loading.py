@@ -34,7 +34,7 @@ from neuron.models.decoder import Decoder, DecoderWeights, Forward, load_decoder
 from neuron.models.model import ModelConfig
 from neuron.models.packed_weights import load_packed
 from neuron.models.prebuild import Preparation
-from neuron.models.sizing import MemoryPlan, plan_memory, with_pages
+from neuron.models.sizing import MemoryPlan, plan_memory, with_sizes
 from neuron.models.weights import WeightSource, open_weights
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.operations import EAGER
@@ -184,7 +184,7 @@ def _load_part(
         if group_settings.rank:
             yield from _rank_0(group_settings)
         group = Group(group_settings, device)
-        plan = with_pages(plan, tuple(group.least(count) for count in plan.table_pages))
+        plan = with_sizes(plan, tuple(group.least(count) for count in plan.cache_sizes))
         config = source.config = source.config.within(plan.context_tokens)
         dtype = getattr(torch, plan.dtype)
         with contextlib.closing(_preparation(config, plan, device, settings, shard)) as kernels:

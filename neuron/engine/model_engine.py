@@ -103,10 +103,19 @@ class ModelEngine:
                 prefix_cache=prefix_cache,
                 sampled_rows=plan.sampled_rows,
                 windows=plan.tables,
+                states=plan.states,
             )
         )
         self.speculation: Speculation | None = None
         self._draft: DraftModel | None = None
+        if plan.states is not None:
+            speculates = False  # a state cannot be cut back to the accepted tokens
+            logger.info(
+                "%s keeps a state of %d bytes for each sequence, in %d slots, and has no draft tokens",
+                name,
+                plan.states.slot_bytes,
+                plan.states.num_slots,
+            )
         if speculates:
             if draft is not None:
                 self._draft = DraftModel(draft, self.scheduler.cache.page_tables, PAGE_TOKENS, plan.step_tokens)
@@ -202,7 +211,7 @@ class ModelEngine:
             step = dataclasses.replace(step, num_steps=num_steps)
         started_s = self._clock()
         try:
-            plan = build_plan(step, self.scheduler.cache.page_tables, PAGE_TOKENS)
+            plan = build_plan(step, self.scheduler.cache)
             launched = self.executor.launch(plan)
             if self._draft is not None:
                 self._draft.follow(step)

@@ -12,10 +12,12 @@ from typing import Final
 import numpy as np
 
 from neuron.device.jobs import Pooling
+from neuron.engine.cache import Cache
 from neuron.engine.scheduler import Step
 from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
 
 NO_STOPS: Final[Int32Array] = np.empty((0, 0), np.int32)
+NO_COPIES: Final[Int32Array] = np.empty((2, 0), np.int32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,21 +55,27 @@ class StepPlan:
     targets: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
     """``[R]``, or empty where there are none: the next token of a prompt's row, to be scored instead of drawn; -1
     for a row that is drawn."""
+    state_slots: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
+    """``[B]``, or empty where no layer keeps a state: the state slot of each sequence."""
+    state_loads: Int32Array = dataclasses.field(default_factory=lambda: NO_COPIES)
+    """``[2, N]``: copies of states before the step, from and to; from 0 stands for zeros."""
+    state_saves: Int32Array = dataclasses.field(default_factory=lambda: NO_COPIES)
+    """``[2, N]``: copies of states behind the step, from and to."""
 
 
 FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "slot")
 
 
-def build_plan(step: Step, page_tables: Int32Array, page_tokens: int) -> StepPlan:
-    """Return the plan of ``step``; ``page_tables`` ``[G, slots, P]`` are the cache's."""
-    sequences = step.sequences
+def build_plan(step: Step, cache: Cache) -> StepPlan:
+    """Return the plan of ``step``, whose sequences are in ``cache``."""
+    sequences, page_tokens = step.sequences, cache.page_tokens
     num_decodes = step.num_decodes
     counts = np.array(step.num_tokens, np.int32)
     starts, num_prompt, num_fill, slots = np.array([FIELDS(sequence) for sequence in sequences], np.int32).T
     cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
     context_lens = starts + counts
-    own_pages = page_tables[:, slots, : -(-(int(context_lens.max()) + step.num_steps - 1) // page_tokens)]
+    own_pages = cache.page_tables[:, slots, : -(-(int(context_lens.max()) + step.num_steps - 1) // page_tokens)]
     hidden_rows = targets = NO_TOKENS
     if num_decodes == len(sequences):
         rows = sampled = sampled_of = np.arange(num_decodes, dtype=np.int32)
@@ -98,6 +106,7 @@ def build_plan(step: Step, page_tables: Int32Array, page_tokens: int) -> StepPla
         else:
             token_ids[first] = sequence.tokens[sequence.num_computed]
             token_ids[first + 1 : end] = sequence.drafts[: end - first - 1]
+    states = cache.states
     return StepPlan(
         num_decodes=num_decodes,
         token_ids=token_ids,
@@ -113,6 +122,9 @@ def build_plan(step: Step, page_tables: Int32Array, page_tokens: int) -> StepPla
         num_steps=step.num_steps,
         stops=_stops(sequences) if step.num_steps > 1 else np.empty((len(sequences), 0), np.int32),
         targets=targets,
+        state_slots=NO_TOKENS if states is None else states.slots[slots],
+        state_loads=NO_COPIES if states is None else states.loads(slots.tolist()),
+        state_saves=NO_COPIES if states is None else states.saves(slots.tolist(), context_lens.tolist()),
     )
 
 

@@ -3,9 +3,10 @@
 Admission is by priority, then to the principal with the fewest running sequences, then in order of arrival. A sequence
 is admitted when a slot is free and the pool has pages for its tokens and a growth margin for every running one; cached
 pages of its prefix are shared. Every decoding sequence is in every step; prompts fill the rest of the step's token
-budget, in order, cut where it ends. When pages run out, the youngest sequence is preempted, waits ahead of all others,
-and is computed again, mostly from the cache. The oldest is never preempted and always advances, and the head of the
-queue is never overtaken for lack of pages, so waiting is bounded unless higher priorities occupy every slot.
+budget, in order, cut where it ends or a checkpoint of their state is due. When pages run out, the youngest sequence is
+preempted, waits ahead of all others, and is computed again, mostly from the cache. The oldest is never preempted and
+always advances, and the head of the queue is never overtaken for lack of pages, so waiting is bounded unless higher
+priorities occupy every slot.
 
 Full pages are shared, the last part of a prompt is not: two sequences of one prompt each compute its last 1 to 16
 tokens, and no page is ever copied. A sequence whose prefix is being computed by another waits for it.
@@ -24,7 +25,7 @@ from neuron.device.jobs import Pooling
 from neuron.engine.cache import Cache
 from neuron.engine.prefix import extend_keys
 from neuron.engine.sequence import NO_TOKENS, Sequence, SequenceStatus
-from neuron.layers.cache import WindowTable
+from neuron.layers.cache import StateSlots, WindowTable
 
 GROWTH_PAGES: Final = 4
 """Free pages that admission leaves to each running sequence that may still need them."""
@@ -51,6 +52,8 @@ class Limits:
     """Rows of a step that may have logits; a scored prompt takes a row for each of its tokens."""
     windows: tuple[WindowTable, ...] = ()
     """Page tables of layers with a window, beside the one of ``num_pages``."""
+    states: StateSlots | None = None
+    """Slots for states, where layers keep one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class Scheduler:
             num_slots=limits.max_sequences,
             step_tokens=limits.step_tokens,
             windows=limits.windows,
+            states=limits.states,
         )
         self.waiting: dict[int, Sequence] = {}
         """Waiting sequences in order of arrival, behind preempted ones."""
@@ -87,7 +91,7 @@ class Scheduler:
         """Running sequences in order of admission."""
         self.num_preemptions = 0
         self._slots = list(range(limits.max_sequences))[::-1]
-        # Keys of the pages that running sequences are about to fill, and the sequence of each.
+        # Keys of the pages behind which others may begin once running sequences have filled them, and whose they are.
         self._promised: dict[bytes, int] = {}
 
     @property
@@ -165,8 +169,7 @@ class Scheduler:
         if not self._promised:
             return False
         keys = self._sharable_keys(sequence)
-        farthest = len(self.cache.find(keys)) + AWAITED_PAGES - 1
-        return farthest < len(keys) and keys[farthest] in self._promised
+        return not self._promised.keys().isdisjoint(keys[len(self.cache.find(keys)) + AWAITED_PAGES - 1 :])
 
     def _sharable_keys(self, sequence: Sequence) -> list[bytes]:
         """Return the keys of the full pages that ``sequence`` may share, with at least a token left to compute."""
@@ -193,8 +196,8 @@ class Scheduler:
         sequence.num_fill = sequence.num_tokens
         if sequence.status is SequenceStatus.WAITING:
             sequence.num_cached = sequence.num_computed
-        for key in keys[num_shared:]:
-            self._promised.setdefault(key, sequence.number)
+        for count in self.cache.resumable(num_shared, sequence.num_fill, len(keys)):
+            self._promised.setdefault(keys[count - 1], sequence.number)
         sequence.status = SequenceStatus.RUNNING
         self.running[sequence.number] = sequence
         return True
@@ -254,7 +257,7 @@ class Scheduler:
                 if sequence.num_to_score(count):
                     count = min(count, 1 + max(0, spare_rows))
                     spare_rows -= count - 1
-                self.cache.extend(sequence, count)
+                count = self.cache.extend(sequence, count)
                 sequences.append(sequence)
                 counts.append(count)
                 budget -= count
@@ -293,6 +296,7 @@ class Scheduler:
         """Record that ``step`` has been launched; its plan was built before."""
         row = 0
         for index, (sequence, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
+            self.cache.begin(sequence)
             if index < step.num_decodes + step.num_drafting:
                 # The cache entries of its draft tokens count once these are accepted.
                 sequence.num_computed += 1

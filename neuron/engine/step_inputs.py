@@ -13,6 +13,7 @@ import torch
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws
 from neuron.engine.sequence import Int32Array
+from neuron.models.sizing import PAGE_TOKENS
 from neuron.triton_kernels.decode_state import MAX_STOPS, DecodeState
 from neuron.triton_kernels.sampling import SamplingRows
 
@@ -57,12 +58,17 @@ class Published:
 
 
 class StepInputs:
-    """The inputs of a graph of ``num_rows`` rows with up to ``num_columns`` pages each, in each of ``num_tables``."""
+    """The inputs of a graph of ``num_rows`` rows with up to ``num_columns`` pages each, in each table.
+
+    Rows without a sequence have ended, with a context of one token in the table's page of ``padding_pages``, and state
+    slot 0: they read and write nothing of a sequence.
+    """
 
     def __init__(
-        self, num_rows: int, num_columns: int, device: torch.device, published: Published, num_tables: int = 1
+        self, num_rows: int, num_columns: int, device: torch.device, published: Published, padding_pages: Int32Array
     ) -> None:
         self.num_rows = num_rows
+        num_tables = len(padding_pages)
         # Those of a table begin aligned too.
         row_width, table_width = (-(-size // ALIGNED) * ALIGNED for size in (num_rows, num_rows * num_columns))
         parts = {
@@ -74,6 +80,7 @@ class StepInputs:
             "context_lens": (num_rows, np.int32),
             "counters": (num_rows, np.int32),
             "ended": (num_rows, np.int32),
+            "state_slots": (num_rows, np.int32),
             "top_k": (num_rows, np.int32),
             "temperature": (num_rows, np.float32),
             "top_p": (num_rows, np.float32),
@@ -109,6 +116,8 @@ class StepInputs:
             whole = views["page_tables"][:, : num_rows * num_columns]
             views["page_tables"] = whole.reshape(num_tables, num_rows, num_columns)
         self._current = 0
+        self._num_filled = [num_rows] * 2
+        """Rows of each buffer that may have a sequence."""
         self._widths: list[dict[str, int]] = [{}, {}]
         """Columns of each table that the last plan in the buffer has written."""
         dtypes = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32}
@@ -135,13 +144,32 @@ class StepInputs:
             seeds=there["seeds"],
             counters=there["counters"],
         )
-        # For the run in which it is captured: a context of one token in page 0, and rows that have ended.
-        self.state.context_lens.fill_(1)
-        self.state.ended.fill_(1)
+        self.state_slots = there["state_slots"]
+        """``[B]``: slot of each row's state."""
+        self._padding: dict[str, Any] = {
+            **dict.fromkeys(("token_ids", "positions", "state_slots"), 0),
+            **dict.fromkeys(("context_lens", "ended"), 1),
+            "slot_mappings": padding_pages[:, None] * np.int64(PAGE_TOKENS),
+        }
+        self._padding_pages = padding_pages[:, None]
+        # For the run in which it is captured, no row has a sequence.
+        for current in range(2):
+            self._pad(current, 0)
+        self._there.copy_(self._here[0])
         self.state.place.fill_(NUM_PLACES)
 
+    def _pad(self, current: int, count: int) -> None:
+        """Leave a buffer's first ``count`` rows to sequences; of the others, clear those that have had one."""
+        view, rows = self._views[current], slice(count, self._num_filled[current])
+        for name, value in self._padding.items():
+            view[name][..., rows] = value
+        view["page_tables"][:, rows] = 0
+        view["page_tables"][:, rows, 0] = self._padding_pages
+        view["stops"][rows] = -1
+        self._num_filled[current] = count
+
     def fill(self, plan: StepPlan, draws: Draws, place: int) -> None:
-        """Queue the copy of a plan of at most ``num_rows`` rows; rows beyond it repeat the first."""
+        """Queue the copy of a plan of at most ``num_rows`` rows."""
         self._current ^= 1
         count, view = plan.num_decodes, self._views[self._current]
         values: dict[str, Array] = {
@@ -158,14 +186,15 @@ class StepInputs:
         }
         for name, array in values.items():
             view[name][..., :count] = array
-            view[name][..., count:] = array[..., :1]
-        view["ended"][:] = 0
+        view["ended"][:count] = 0
+        if len(plan.state_slots):
+            view["state_slots"][:count] = plan.state_slots
         view["place"][0] = place
+        widths = self._widths[self._current]
         for name, table, rest in (("page_tables", plan.page_tables, 0), ("stops", plan.stops, -1)):
-            width, before = table.shape[-1], self._widths[self._current].get(name, view[name].shape[-1])
-            self._widths[self._current][name] = width
-            view[name][..., width:before] = rest
-            if width:
-                view[name][..., :count, :width] = table
-                view[name][..., count:, :width] = table[..., :1, :]
+            width = table.shape[-1]
+            view[name][..., :count, width : widths.get(name, width)] = rest
+            view[name][..., :count, :width] = table
+            widths[name] = width
+        self._pad(self._current, count)
         self._there.copy_(self._here[self._current], non_blocking=True)

@@ -1,17 +1,23 @@
-"""Memory that a layer keeps of earlier tokens, as declared, and its division into page tables.
+"""Memory that a layer keeps of earlier tokens, as declared, and its division into page tables and state slots.
 
 All layers without a window share page table 0: its pages hold every token of a sequence. Layers with the same window
 share a table of their own, in which a sequence has only the pages that its next tokens can see, unless that saves
-nothing: then they share table 0 as well. (The groups of vLLM's hybrid KV cache manager.) No torch, and no sequences:
-:mod:`neuron.engine.cache` owns pages and slots.
+nothing: then they share table 0 as well. (The groups of vLLM's hybrid KV cache manager.) The states of all recurrent
+layers lie side by side in a slot. No torch, and no sequences: :mod:`neuron.engine.cache` owns pages and slots.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
 AHEAD_TOKENS: Final = 64
 """Most tokens behind its next one for which a sequence has pages: of a multi-step decode, or draft tokens."""
+CHUNK_TOKENS: Final = 64
+"""Tokens that chunked forms of recurrences compute at a time: however a prompt is cut, states agree to the bit if it is
+cut at multiples of them."""
+STATE_ALIGNMENT: Final = 64
+"""Alignment of each tensor of a state in bytes: a stride between slots is then a multiple of 16 elements."""
 UNSETTLED_STEPS: Final = 2
 """Steps whose tokens may still be unsettled when pages behind the window are given back: one in flight, one begun."""
 
@@ -46,7 +52,36 @@ class Latent:
         return self.width
 
 
-Cache = PagedKV | Latent
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateTensor:
+    """Tensor of a state: ``shape`` for each sequence, in the model's dtype or in float32."""
+
+    shape: tuple[int, ...]
+    in_float32: bool = False
+
+    def num_bytes(self, element_bytes: int) -> int:
+        """Return its bytes in a slot, where an element of the model's dtype has ``element_bytes``."""
+        num_bytes = math.prod(self.shape) * (4 if self.in_float32 else element_bytes)
+        return -(-num_bytes // STATE_ALIGNMENT) * STATE_ALIGNMENT
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequenceState:
+    """Tensors of fixed size that stand for all tokens of a sequence: a recurrence's state, a convolution's inputs.
+
+    It is of an exact number of tokens and cannot be cut back; zeros before the first.
+    """
+
+    tensors: tuple[StateTensor, ...]
+    window_tokens: ClassVar[int] = 0
+    elements_per_token: ClassVar[int] = 0
+
+    def num_bytes(self, element_bytes: int) -> int:
+        """Return its bytes in a slot, where an element of the model's dtype has ``element_bytes``."""
+        return sum(tensor.num_bytes(element_bytes) for tensor in self.tensors)
+
+
+Cache = PagedKV | Latent | SequenceState
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +92,25 @@ class WindowTable:
     num_pages: int
     page_bytes: int
     """Bytes of a page in all these layers."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateSlots:
+    """Slots for the states of running sequences, and for checkpoints: states to resume from.
+
+    There is one more, slot 0, which rows without a sequence write.
+    """
+
+    num_slots: int
+    slot_bytes: int
+    """Bytes of a slot: the states of all layers."""
+    checkpoint_pages: int = 0
+    """Number of pages of a prompt between checkpoints; 0: there are none."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the bytes of all slots."""
+        return (1 + self.num_slots) * self.slot_bytes
 
 
 def window_pages(window_tokens: int, page_tokens: int) -> int:

@@ -4,13 +4,14 @@ Tensors and operations, no requests: the batch tells which rows form a sequence.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, assert_never
 
 import torch
 
 from neuron.formats.matrix import embedding_rows
-from neuron.layers.cache import Cache, Latent, PagedKV
+from neuron.layers.cache import Cache, Latent, PagedKV, SequenceState, StateTensor
 from neuron.layers.layer import Weights
 from neuron.layers.shard import WHOLE, Shard
 from neuron.layers.step import Linear, Step, SumRanks
@@ -62,13 +63,36 @@ def load_decoder(
     return DecoderWeights(embedding, tuple(layers), head)
 
 
-def new_caches(
-    config: ModelConfig, num_pages: Sequence[int], make: Callable[[tuple[int, ...]], torch.Tensor], shard: Shard = WHOLE
-) -> list[tuple[torch.Tensor, ...] | None]:
-    """Return each layer's cache of its ``num_pages``, of tensors by ``make``.
+class Caches(NamedTuple):
+    """Memory of a model's caches, or of one rank's part."""
 
-    They are a :class:`KeyValueCache`, or of a latent cache one tensor ``[pages, page_size, width]``.
-    """
+    layers: list[tuple[torch.Tensor, ...] | None]
+    """Tensors of each layer, pages first: a :class:`KeyValueCache`, or of a latent cache one tensor ``[P, page_size,
+    width]``; of a state those that it declares, ``[slots, ...]`` each."""
+    states: torch.Tensor | None
+    """``[slots, bytes]`` uint8: the states of all layers side by side, of which those of each layer are views."""
+
+
+def new_caches(
+    config: ModelConfig,
+    num_pages: Sequence[int],
+    num_slots: int,
+    dtype: torch.dtype,
+    make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
+    shard: Shard = WHOLE,
+) -> Caches:
+    """Return caches of each layer's ``num_pages``, and of ``num_slots`` states; ``make`` takes shape and dtype."""
+    kinds = config.caches(shard)
+    slot_bytes = sum(kind.num_bytes(dtype.itemsize) for kind in kinds if isinstance(kind, SequenceState))
+    states = make((num_slots, slot_bytes), torch.uint8) if slot_bytes else None
+    at = 0
+
+    def view(tensor: StateTensor) -> torch.Tensor:
+        nonlocal at
+        assert states is not None
+        own = torch.float32 if tensor.in_float32 else dtype
+        start, at = at, at + tensor.num_bytes(dtype.itemsize)
+        return states[:, start : start + math.prod(tensor.shape) * own.itemsize].view(own).view(-1, *tensor.shape)
 
     def cache_of(kind: Cache | None, pages: int) -> tuple[torch.Tensor, ...] | None:
         match kind:
@@ -76,13 +100,15 @@ def new_caches(
                 return None
             case PagedKV(num_kv_heads, head_dim):
                 shape = pages, PAGE_TOKENS, num_kv_heads, head_dim
-                return KeyValueCache(make(shape), make(shape))
+                return KeyValueCache(make(shape, dtype), make(shape, dtype))
             case Latent(width):
-                return (make((pages, PAGE_TOKENS, width)),)
+                return (make((pages, PAGE_TOKENS, width), dtype),)
+            case SequenceState(tensors):
+                return tuple(view(tensor) for tensor in tensors)
             case _:
                 assert_never(kind)
 
-    return [cache_of(*pair) for pair in zip(config.caches(shard), num_pages, strict=True)]
+    return Caches([cache_of(*pair) for pair in zip(kinds, num_pages, strict=True)], states)
 
 
 class Forward(Protocol):

@@ -57,9 +57,8 @@ def variants(
     if dtype == torch.float32:
         return ()
     few, weights = _distinct_layers(config, dtype, plan.quant, shard)
-    caches = decoder.new_caches(
-        few, [plan.num_pages + 1] * len(few.layers), lambda shape: _meta(*shape, dtype=dtype), shard
-    )
+    num_pages = [plan.num_pages + 1] * len(few.layers)
+    caches = decoder.new_caches(few, num_pages, 2, dtype, lambda shape, kind: _meta(*shape, dtype=kind), shard).layers
     in_group = in_group or shard.size > 1
     forward = decoder.Decoder(few, weights, KERNELS, (lambda x: x) if in_group else None)
     with recording(target_for(capability)) as recorder:
@@ -165,6 +164,7 @@ def _batches(plan: MemoryPlan, steps: tuple[int, ...]) -> Iterator[Batch]:
                 page_table=_meta(num_sequences, pages, dtype=torch.int32),
                 context_lens=_meta(num_sequences, dtype=torch.int32),
                 num_decodes=num_decodes,
+                state_slots=_meta(num_sequences, dtype=torch.int32),
             )
 
 

@@ -15,7 +15,15 @@ from typing import Final
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
 from neuron.formats.registry import ROUNDED_FORMATS
-from neuron.layers.cache import Cache, WindowTable, chunk_pages, window_pages, windows_of
+from neuron.layers.cache import (
+    Cache,
+    SequenceState,
+    StateSlots,
+    WindowTable,
+    chunk_pages,
+    window_pages,
+    windows_of,
+)
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed, quantization
 from neuron.models.errors import DoesNotFitError
@@ -30,6 +38,10 @@ MIN_SAMPLED_ROWS: Final = 16
 """Rows of a step that may be sampled though fewer sequences run: draft tokens are verified side by side."""
 SAMPLER_BYTES: Final = 4 + 4 + 8 + 4 + 1
 """Per row and token of the vocabulary: logits, probabilities, their float64 running sum, counts, the prompt's mask."""
+
+
+RUNNING_SHARE: Final = 0.25
+"""Share of a cache that is too small for all states and pages which goes to the states of running sequences."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +67,7 @@ CUDA_DEFAULTS: Final = DeviceDefaults(64, 64 * 8192, 0.8, step_tokens=2048, mixe
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Memory plan of a model on its device. ``kv_cache_bytes`` is exactly the pages of all its tables."""
+    """Memory plan of a model on its device. ``kv_cache_bytes`` is exactly the pages of its tables, and its states."""
 
     dtype: str
     context_tokens: int
@@ -77,6 +89,8 @@ class MemoryPlan:
     """Dtype of keys and values in the cache; ``auto``: as ``dtype``."""
     window_tables: tuple[WindowTable, ...] = ()
     """Pages of the layers with each window, never more than ``num_pages``."""
+    states: StateSlots | None = None
+    """Slots for the states of sequences, where layers keep one."""
     draft: "MemoryPlan | None" = None
     """Plan of the draft model, beside it on the device."""
 
@@ -91,9 +105,10 @@ class MemoryPlan:
         return (self.num_pages, *(table.num_pages for table in self.tables))
 
     @property
-    def table_pages(self) -> tuple[int, ...]:
-        """Return the pages of table 0, and those of each window."""
-        return (self.num_pages, *(table.num_pages for table in self.window_tables))
+    def cache_sizes(self) -> tuple[int, ...]:
+        """Return the pages of table 0, those of each window, and the state slots."""
+        num_slots = 0 if self.states is None else self.states.num_slots
+        return (self.num_pages, *(table.num_pages for table in self.window_tables), num_slots)
 
     @property
     def parts(self) -> "tuple[MemoryPlan, ...]":
@@ -106,24 +121,27 @@ class MemoryPlan:
         return sum(part.weights_bytes + part.kv_cache_bytes + part.workspace_bytes for part in self.parts)
 
 
-def with_pages(plan: MemoryPlan, table_pages: tuple[int, ...]) -> MemoryPlan:
-    """Return ``plan`` with fewer pages: all ranks have as many of each table as the one with the fewest."""
-    num_pages, *windows = table_pages
+def with_sizes(plan: MemoryPlan, cache_sizes: tuple[int, ...]) -> MemoryPlan:
+    """Return ``plan`` with smaller caches: all ranks have as much of each as the one with the least."""
+    num_pages, *windows, num_slots = cache_sizes
     window_tables = tuple(
         dataclasses.replace(table, num_pages=count) for table, count in zip(plan.window_tables, windows, strict=True)
     )
-    page_bytes = (plan.kv_cache_bytes - _bytes_of(plan.window_tables)) // plan.num_pages
+    states = None if plan.states is None else dataclasses.replace(plan.states, num_slots=num_slots)
+    page_bytes = (plan.kv_cache_bytes - _bytes_of(plan.window_tables, plan.states)) // plan.num_pages
     return dataclasses.replace(
         plan,
         num_pages=num_pages,
         context_tokens=min(plan.context_tokens, num_pages * PAGE_TOKENS),
-        kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables),
+        kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables, states),
         window_tables=window_tables,
+        states=states,
     )
 
 
-def _bytes_of(tables: Iterable[WindowTable]) -> int:
-    return sum(table.num_pages * table.page_bytes for table in tables)
+def _bytes_of(tables: Iterable[WindowTable], states: StateSlots | None) -> int:
+    state_bytes = 0 if states is None else states.total_bytes
+    return state_bytes + sum(table.num_pages * table.page_bytes for table in tables)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,6 +158,8 @@ class _Costs:
     """Bytes of a page in all layers of each window; 0: those without."""
     gather_bytes: int
     """Bytes of work space for each page: the eager attention gathers one layer's pages before it reads them."""
+    state_bytes: int = 0
+    """Bytes of a sequence's state in all layers."""
 
 
 def _costs(
@@ -180,7 +200,8 @@ def _costs(
     page_bytes = _page_bytes(config, lambda cache: PAGE_TOKENS * token_bytes * cache.elements_per_token, shard)
     caches = [cache for cache in config.caches(shard) if cache is not None]
     gather_bytes = PAGE_TOKENS * token_bytes * max(cache.elements_per_token for cache in caches)
-    return _Costs(dtype, quant, False, dtype, weights_bytes, fixed_bytes, page_bytes, gather_bytes)
+    state_bytes = sum(cache.num_bytes(token_bytes) for cache in caches if isinstance(cache, SequenceState))
+    return _Costs(dtype, quant, False, dtype, weights_bytes, fixed_bytes, page_bytes, gather_bytes, state_bytes)
 
 
 def _page_bytes(config: ModelConfig, bytes_of: Callable[[Cache], int], shard: Shard = WHOLE) -> dict[int, int]:
@@ -202,22 +223,48 @@ class _CacheSizes:
     window_bytes: Mapping[int, int]
     """Bytes of a page in all layers of each window."""
     step_tokens: int
+    state_bytes: int = 0
+    """Bytes of a sequence's state in all layers."""
+    has_checkpoints: bool = True
+    """Whether states are kept for other sequences to resume from."""
 
-    def tables(self, num_pages: int, num_windows: int) -> tuple[WindowTable, ...]:
-        """Return the pages of each window for ``num_windows`` running sequences beside ``num_pages`` of table 0."""
+    def tables(self, num_pages: int, num_running: int) -> tuple[WindowTable, ...]:
+        """Return the pages of each window for ``num_running`` sequences beside ``num_pages`` of table 0."""
         chunks = chunk_pages(self.step_tokens, PAGE_TOKENS)
         return tuple(
-            WindowTable(window, min(num_pages, num_windows * window_pages(window, PAGE_TOKENS) + chunks), page_bytes)
+            WindowTable(window, min(num_pages, num_running * window_pages(window, PAGE_TOKENS) + chunks), page_bytes)
             for window, page_bytes in self.window_bytes.items()
         )
 
-    def total(self, num_pages: int, num_windows: int, gather_bytes: int = 0) -> int:
-        """Return the bytes of all tables, and ``gather_bytes`` for each page of table 0."""
-        return num_pages * (self.page_bytes + gather_bytes) + _bytes_of(self.tables(num_pages, num_windows))
+    def states(self, num_pages: int, num_running: int) -> StateSlots | None:
+        """Return the state slots for ``num_running`` sequences beside ``num_pages`` of table 0.
 
-    def affordable(self, budget_bytes: int, num_windows: int, most: int, gather_bytes: int = 0) -> int:
-        """Return the pages of table 0, up to ``most``, that ``budget_bytes`` pay for, with their windows."""
-        key = functools.partial(self.total, num_windows=num_windows, gather_bytes=gather_bytes)
+        Checkpoints are so far apart that they take no more bytes than the pages between them, and that no chunk of a
+        prompt but the last is cut for one. There are as many as all pages can use.
+        """
+        if not self.state_bytes:
+            return None
+        if not self.has_checkpoints:
+            return StateSlots(num_running, self.state_bytes)
+        interval = step_pages = self.step_tokens // PAGE_TOKENS
+        if self.page_bytes:
+            interval *= -(-self.state_bytes // (step_pages * self.page_bytes))
+        return StateSlots(num_running + num_pages // interval, self.state_bytes, interval)
+
+    def most_running(self, budget_bytes: int, max_sequences: int) -> int:
+        """Return the sequences, up to ``max_sequences``, whose states take no more than their share of a budget."""
+        if not self.state_bytes:
+            return max_sequences
+        return min(max_sequences, max(1, int(budget_bytes * RUNNING_SHARE) // self.state_bytes))
+
+    def total(self, num_pages: int, num_running: int, gather_bytes: int = 0) -> int:
+        """Return the bytes of all tables and states, and ``gather_bytes`` for each page of table 0."""
+        beside_bytes = _bytes_of(self.tables(num_pages, num_running), self.states(num_pages, num_running))
+        return num_pages * (self.page_bytes + gather_bytes) + beside_bytes
+
+    def affordable(self, budget_bytes: int, num_running: int, most: int, gather_bytes: int = 0) -> int:
+        """Return the pages of table 0, up to ``most``, that ``budget_bytes`` pay for, with what is beside them."""
+        key = functools.partial(self.total, num_running=num_running, gather_bytes=gather_bytes)
         return bisect.bisect_right(range(1, most + 1), budget_bytes, key=key)
 
 
@@ -253,6 +300,11 @@ def plan_memory(
         raise InvalidRequestError(
             f"the draft model has {draft.vocab_size} tokens, the model itself {config.vocab_size}", param="draft"
         )
+    if draft is not None and any(isinstance(cache, SequenceState) for cache in (*config.caches(), *draft.caches())):
+        raise InvalidRequestError(
+            "a draft model is given, but a state that layers keep cannot be cut back to the accepted tokens",
+            param="draft",
+        )
     max_sequences = spec.max_sequences or defaults.max_sequences
     each = [
         _costs(part, spec, device, max_sequences, defaults.step_tokens, shard, cpu_kernels)
@@ -264,7 +316,9 @@ def plan_memory(
     # A draft model keeps all tokens, as its cache may lag behind.
     draft_bytes = sum(sum(c.page_bytes.values()) for c in each[1:])
     window_bytes = {window: num_bytes for window, num_bytes in own.page_bytes.items() if window}
-    sizes = _CacheSizes(own.page_bytes[0] + draft_bytes, window_bytes, defaults.step_tokens)
+    sizes = _CacheSizes(
+        own.page_bytes[0] + draft_bytes, window_bytes, defaults.step_tokens, own.state_bytes, spec.prefix_cache
+    )
     needed_tokens = spec.context_tokens or min(MIN_CONTEXT_TOKENS, longest)
     needed_pages = -(-needed_tokens // PAGE_TOKENS)
     room_bytes = free_bytes - weights_bytes - fixed_bytes
@@ -281,26 +335,29 @@ def plan_memory(
     else:
         budget_bytes, gathered_bytes = int(room_bytes * defaults.cache_share), gather_bytes
         most_pages = -(-max(needed_tokens, min(defaults.cache_tokens, max_sequences * longest)) // PAGE_TOKENS)
-    num_pages = max(needed_pages, sizes.affordable(budget_bytes, max_sequences, most_pages, gathered_bytes))
-    # Where the tokens asked for leave too little for the windows of all sequences, fewer run at a time.
-    num_windows = max(
+    most_running = sizes.most_running(budget_bytes, max_sequences)
+    num_pages = max(needed_pages, sizes.affordable(budget_bytes, most_running, most_pages, gathered_bytes))
+    # Where the tokens asked for leave too little for the windows and states of all sequences, fewer run at a time.
+    num_running = max(
         1,
         bisect.bisect_right(
             range(1, max_sequences + 1), budget_bytes, key=lambda count: sizes.total(num_pages, count, gathered_bytes)
         ),
     )
-    needed_bytes = sizes.total(num_pages, num_windows, gather_bytes)
+    needed_bytes = sizes.total(num_pages, num_running, gather_bytes)
+    states = sizes.states(num_pages, num_running)
     if needed_bytes > room_bytes:
         needs = weights_bytes + fixed_bytes + needed_bytes
+        cached = f"{num_pages * PAGE_TOKENS} tokens" + (f" and {states.num_slots} states" if states else "")
         raise DoesNotFitError(
             f"model does not fit on {device}: needs {_gib(needs)}, free {_gib(free_bytes)} (weights in "
             f"{own.quant if own.quant in ROUNDED_FORMATS else own.dtype} {_gib(weights_bytes)}, "
-            f"cache for {num_pages * PAGE_TOKENS} tokens {_gib(sizes.total(num_pages, num_windows))})",
+            f"cache for {cached} {_gib(sizes.total(num_pages, num_running))})",
             needs,
         )
     found: MemoryPlan | None = None
     for costs in reversed(each):
-        window_tables = sizes.tables(num_pages, num_windows) if costs is own else ()
+        window_tables = sizes.tables(num_pages, num_running) if costs is own else ()
         page_bytes = own.page_bytes[0] if costs is own else draft_bytes
         found = MemoryPlan(
             dtype=costs.dtype,
@@ -311,12 +368,13 @@ def plan_memory(
             step_tokens=defaults.step_tokens,
             mixed_step_tokens=defaults.mixed_step_tokens,
             weights_bytes=costs.weights_bytes,
-            kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables),
+            kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables, states),
             workspace_bytes=costs.fixed_bytes + num_pages * costs.gather_bytes,
             quant=costs.quant,
             native=costs.native,
             kv_dtype=costs.kv_dtype,
             window_tables=window_tables,
+            states=states,
             draft=found,
         )
     assert found is not None

@@ -49,6 +49,8 @@ class Batch:
     """Parts of the step, for the eager reference only."""
     num_decodes: int = 0
     """Number of leading sequences with one query token; all may be treated as prompts."""
+    state_slots: torch.Tensor | None = None
+    """``[B]`` int32: slot of each sequence's state, where layers keep one. Rows without a sequence share slot 0."""
 
 
 class KeyValueCache(NamedTuple):

@@ -54,7 +54,7 @@ class DecodeSteps:
     def __init__(self, loop: DeviceLoop, cycles: int = 0) -> None:
         device = torch.device("cuda")
         self.published = Published(NUM_ROWS, device)
-        self.inputs = StepInputs(NUM_ROWS, 9, device, self.published)
+        self.inputs = StepInputs(NUM_ROWS, 9, device, self.published, np.zeros(1, np.int32))
         self.graphs = DeviceGraphs(loop)
         ids = torch.tensor(SAMPLED, dtype=torch.int32, device=device)
 

@@ -14,17 +14,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from neuron.device.jobs import SamplerSettings
 from neuron.engine import scheduler as scheduler_module
-from neuron.engine.plan import build_plan
+from neuron.engine import states as states_module
+from neuron.engine.pages import PagePool
+from neuron.engine.plan import StepPlan, build_plan
 from neuron.engine.prefix import extend_keys
 from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import Sequence, SequenceStatus
 from neuron.layers import cache as layer_caches
-from neuron.layers.cache import WindowTable
+from neuron.layers.cache import StateSlots, WindowTable
 
 LIMITS = Limits(
     num_pages=24, page_tokens=4, context_tokens=64, max_sequences=4, step_tokens=24, mixed_step_tokens=10
 )  # fmt: skip
 WINDOW = WindowTable(window_tokens=10, num_pages=18, page_bytes=0)
+CHUNK = 8
+"""Tokens between places where states agree to the bit."""
+STATES = StateSlots(num_slots=6, slot_bytes=0, checkpoint_pages=6)
 POWERS = np.cumprod(np.full(4096, 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint64)
 
 
@@ -43,23 +48,28 @@ def contents(s: Sequence, stop: int) -> np.ndarray:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens_ahead() -> Iterator[None]:
-    """Have small windowed tables suffice."""
+    """Have small windowed tables suffice, and checkpoints fit into short prompts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_caches, "AHEAD_TOKENS", 4)
+        patch.setattr(states_module, "CHUNK_TOKENS", CHUNK)
         yield
 
 
 class Cache:
-    """Cache of such numbers for each table, written and read by plans like a model's."""
+    """Cache of such numbers for each table, and states that are the last of them, used by plans like a model's."""
 
     def __init__(self, limits: Limits) -> None:
         pages = (limits.num_pages, *(window.num_pages for window in limits.windows))
         self.caches = [np.zeros((num_pages + 1) * limits.page_tokens, np.uint64) for num_pages in pages]
         self.windows = (limits.context_tokens, *(window.window_tokens for window in limits.windows))
+        junk = np.random.default_rng(1).integers(1, 1 << 63, 99, np.uint64)
+        self.states = junk[: 1 + limits.states.num_slots] if limits.states is not None else junk[:0]
 
     def run(self, step: Step, scheduler: Scheduler, *, reads: bool = True) -> None:
         page_tokens = scheduler.limits.page_tokens
-        plan = build_plan(step, scheduler.cache.page_tables, page_tokens)
+        plan = build_plan(step, scheduler.cache)
+        if len(self.states):
+            self.advance_states(step, plan)
         tables = list(zip(self.caches, self.windows, plan.page_tables, plan.slot_mappings, strict=True))
         for index, s in enumerate(step.sequences):
             rows = slice(plan.cu_seqlens[index], plan.cu_seqlens[index + 1])
@@ -73,6 +83,23 @@ class Cache:
                 seen = slice(max(0, first - window + 1), length)
                 read = cache.reshape(-1, page_tokens)[pages[index]].reshape(-1)[seen]
                 assert np.array_equal(read, contents(s, length)[seen]), f"sequence {s.number} reads another's cache"
+
+    def advance_states(self, step: Step, plan: StepPlan) -> None:
+        """Advance the state of each sequence, which must be of the tokens that it has computed."""
+        sources, begun = plan.state_loads
+        written = [*begun.tolist(), *plan.state_slots.tolist(), *plan.state_saves[1].tolist()]
+        assert 0 not in written
+        assert len(set(plan.state_slots.tolist())) == len(step.sequences)
+        assert set(begun.tolist()) <= set(plan.state_slots.tolist())
+        assert set(plan.state_saves[0].tolist()) <= set(plan.state_slots.tolist())
+        assert not set(plan.state_saves[1].tolist()) & {*plan.state_slots.tolist(), *sources.tolist()}
+        self.states[begun] = np.where(sources == 0, 0, self.states[sources])
+        for index, s in enumerate(step.sequences):
+            slot, length = plan.state_slots[index], int(plan.context_lens[index])
+            before = contents(s, s.num_computed)[-1] if s.num_computed else 0
+            assert self.states[slot] == before, f"the state of sequence {s.number} is of other tokens"
+            self.states[slot] = contents(s, length)[-1]
+        self.states[plan.state_saves[1]] = self.states[plan.state_saves[0]]
 
 
 def check_step(step: Step, scheduler: Scheduler) -> None:
@@ -88,16 +115,33 @@ def check_step(step: Step, scheduler: Scheduler) -> None:
     assert 0 < sum(step.num_tokens) <= budget
     prefilling = [s for s in scheduler.running.values() if s.prefills]
     assert list(step.sequences[step.num_decodes :]) == prefilling[: len(step.sequences) - step.num_decodes]
+    if limits.states is not None:
+        check_cuts(step, scheduler)
+        return
     # The budget is used: a prompt is cut only where it ends.
     if sum(step.num_tokens) < budget and step.num_decodes < limits.mixed_step_tokens - limits.page_tokens:
         chunks = zip(step.sequences, step.num_tokens, strict=True)
         assert sum(count for s, count in chunks if s.prefills) == sum(s.num_fill - s.num_computed for s in prefilling)
 
 
+def check_cuts(step: Step, scheduler: Scheduler) -> None:
+    """Assert that prompts are cut at checkpoints, and at multiples of CHUNK where a budget has them."""
+    last_of_step = step.sequences[-1]
+    for s, count in zip(step.sequences, step.num_tokens, strict=True):
+        end = s.num_computed + count
+        if not s.prefills or end == s.num_fill:
+            continue
+        assert end % CHUNK == 0 or (s is last_of_step and end // CHUNK == s.num_computed // CHUNK)
+        if scheduler.limits.prefix_cache:
+            last = (s.num_fill - 1) // CHUNK * CHUNK
+            passed = range(s.num_computed + 1, end)
+            assert not any(at == last or at % 24 == 0 for at in passed)
+
+
 def check_plan(step: Step, scheduler: Scheduler) -> None:
     """Compare the arrays with a plain computation, token by token."""
     page_tokens = scheduler.limits.page_tokens
-    plan = build_plan(step, scheduler.cache.page_tables, page_tokens)
+    plan = build_plan(step, scheduler.cache)
     row = 0
     sampled, slots, num_output = [], [], []
     for index, (s, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
@@ -143,10 +187,18 @@ def advance(step: Step, scheduler: Scheduler, stop_at: int = -1) -> list[int]:
     return ended
 
 
+def pools(scheduler: Scheduler) -> list[PagePool]:
+    cache = scheduler.cache
+    return [cache.pool, *(part.pool for part in (*cache.windows, cache.states) if part is not None)]
+
+
 class Arrivals(RuleBasedStateMachine):
-    @initialize(prefix_cache=st.booleans(), windows=st.sampled_from([(), (WINDOW,)]))
-    def start(self, prefix_cache: bool, windows: tuple[WindowTable, ...]) -> None:
-        self.limits = dataclasses.replace(LIMITS, prefix_cache=prefix_cache, windows=windows)
+    @initialize(
+        prefix_cache=st.booleans(), windows=st.sampled_from([(), (WINDOW,)]),
+        states=st.sampled_from([None, STATES, dataclasses.replace(STATES, num_slots=2)]),
+    )  # fmt: skip
+    def start(self, prefix_cache: bool, windows: tuple[WindowTable, ...], states: StateSlots | None) -> None:
+        self.limits = dataclasses.replace(LIMITS, prefix_cache=prefix_cache, windows=windows, states=states)
         self.scheduler = Scheduler(self.limits)
         self.cache = Cache(self.limits)
         self.number = 0
@@ -199,7 +251,7 @@ class Arrivals(RuleBasedStateMachine):
             steps += 1
             assert steps < 128 * (self.number + 1), "a sequence starves"
         self.scheduler.check_integrity()
-        for pool in (self.scheduler.cache.pool, *(window.pool for window in self.scheduler.cache.windows)):
+        for pool in pools(self.scheduler):
             assert pool.num_free == pool.num_pages
             assert self.limits.prefix_cache or not pool.num_idle
 
@@ -208,13 +260,16 @@ Arrivals.TestCase.settings = settings(max_examples=50, stateful_step_count=50, d
 TestArrivals = Arrivals.TestCase
 
 
-def test_ten_thousand_sequences_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("states", [None, dataclasses.replace(STATES, num_slots=40)], ids=["pages", "states"])
+def test_ten_thousand_sequences_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, states: StateSlots | None
+) -> None:
     """Arrivals, forks, stops, cancels and preemptions at random, in a cache that is always too small."""
     monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 1)
     random = np.random.default_rng(11)
     limits = dataclasses.replace(
         LIMITS, num_pages=120, context_tokens=256, max_sequences=32, mixed_step_tokens=64, step_tokens=64,
-        windows=(dataclasses.replace(WINDOW, num_pages=100),),
+        windows=(dataclasses.replace(WINDOW, num_pages=100),), states=states,
     )  # fmt: skip
     scheduler = Scheduler(limits)
     cache = Cache(limits)

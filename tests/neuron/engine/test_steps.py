@@ -19,15 +19,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from neuron.device.jobs import Pooling, SamplerSettings, SequenceEnd
 from neuron.engine import scheduler as scheduler_module
+from neuron.engine import states as states_module
 from neuron.engine.executor import StepOutcome
 from neuron.engine.model_engine import ModelEngine, StepOutput
 from neuron.engine.multi_step import MULTI_STEP_S
-from neuron.engine.plan import StepPlan
+from neuron.engine.plan import NO_COPIES, StepPlan
 from neuron.engine.sequence import Sequence, SequenceStatus
 from neuron.engine.speculation import Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.layers import cache as layer_caches
-from neuron.layers.cache import WindowTable
+from neuron.layers.cache import StateSlots, WindowTable
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels.sampling import NON_FINITE
 
@@ -38,7 +39,9 @@ PLAN = MemoryPlan(
     mixed_step_tokens=24, weights_bytes=0, kv_cache_bytes=0, workspace_bytes=0,
     window_tables=(WindowTable(WINDOW_TOKENS, 19, 0),),
 )  # fmt: skip
+STATES = StateSlots(num_slots=6, slot_bytes=0, checkpoint_pages=4)
 EOS = 7
+FAULTS = ("the step went wrong", "the step did not start")
 FACTOR = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
 
@@ -85,23 +88,25 @@ class Late:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens_ahead() -> Iterator[None]:
-    """Have a small windowed table suffice for several sequences."""
+    """Have a small windowed table suffice for several sequences, and checkpoints fit into short prompts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_caches, "AHEAD_TOKENS", AHEAD_TOKENS)
+        patch.setattr(states_module, "CHUNK_TOKENS", PAGE_TOKENS)
         yield
 
 
 class Device:
-    """Executes plans on a number for each KV slot."""
+    """Executes plans on a number for each KV slot, and for each state slot if ``has_states``."""
 
-    def __init__(self, overlaps: bool, repeats: bool = False) -> None:
+    def __init__(self, overlaps: bool, repeats: bool = False, has_states: bool = False) -> None:
         self.overlaps = overlaps
         self.max_steps = 1 + AHEAD_TOKENS if repeats and not overlaps else 1
         self.sampler = Sampler()
         self.num_steps: list[int] = []
         self.message_after: int | None = None
         """Number of the step after which a message of the daemon arrives."""
-        self.caches = [[0] * ((num_pages + 1) * PAGE_TOKENS) for num_pages in PLAN.table_pages]
+        self.caches = [[0] * ((num_pages + 1) * PAGE_TOKENS) for num_pages in PLAN.cache_sizes[:-1]]
+        self.states = [0, *range(7, 7 + STATES.num_slots)] if has_states else []
         self.last_ids: list[int] = []
         self.num_under_way = 0
         self.faults: dict[str, bool] = {}
@@ -122,7 +127,9 @@ class Device:
                 break
             at = plan.positions + len(later) + 1
             slots = plan.page_tables[:, np.arange(len(at)), at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS
-            plan_now = dataclasses.replace(plan, token_ids=ids, positions=at, slot_mappings=slots, context_lens=at + 1)
+            plan_now = dataclasses.replace(
+                plan, token_ids=ids, positions=at, slot_mappings=slots, context_lens=at + 1, state_loads=NO_COPIES
+            )
             found = self.run_step(plan_now, len(later) + 1 == fault_in)
             later.append(found.ids)
             outcome = dataclasses.replace(outcome, finite=found.finite)
@@ -137,8 +144,12 @@ class Device:
         ids: list[int] = []
         hidden = np.zeros((len(plan.hidden_rows), 3), np.float32)
         slots = dict(zip(plan.sampled.tolist(), plan.slots.tolist(), strict=True))
+        for source, to in plan.state_loads.T.tolist():
+            self.states[to] = self.states[source] if source else 0
         for index in range(len(plan.context_lens)):
             first, end = plan.cu_seqlens[index], plan.cu_seqlens[index + 1]
+            own = plan.state_slots[index] if self.states else 0
+            assert bool(own) == bool(self.states), "a sequence has no state, or that of padding"
             for row in range(first, end):
                 token, position = int(plan.token_ids[row]), int(plan.positions[row])
                 if token < 0:
@@ -155,11 +166,17 @@ class Device:
                     states.append([cache[slot_of(pages[index], at)] for at in seen])
                 assert states[0] == states[1], "the windowed table lacks what a token sees"
                 state = states[0][-1]
+                if self.states:
+                    # Less the value before the first token, so that a sequence begins with 0.
+                    self.states[own] = state_after(self.states[own] ^ 1, token) ^ 1
+                    assert self.states[own] ^ 1 == state, "the state is of other tokens"
                 if row in slots:
                     ids.append(next_token(self.sampler.seeds[slots[row]], state))
                 if row in plan.hidden_rows:
                     at = plan.hidden_rows.tolist().index(row)
                     hidden[at] = (1.0, state % 1000, state // 1000 % 1000)
+        for source, to in plan.state_saves.T.tolist():
+            self.states[to] = self.states[source]
         finite = np.ones(len(plan.context_lens), np.bool_)
         if fault:
             finite[0] = False
@@ -169,7 +186,10 @@ class Device:
         return StepOutcome(np.array(ids, np.int32), finite, hidden, {})
 
     def clear_pages(self, tables: tuple[np.ndarray[Any, Any], ...]) -> None:
-        for cache, pages in zip(self.caches, tables, strict=True):
+        assert len(tables) == len(self.caches) + bool(self.states)
+        for slot in tables[-1].tolist() if self.states else ():
+            self.states[slot] = 0
+        for cache, pages in zip(self.caches, tables, strict=False):
             for page in pages.tolist():
                 cache[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = [0] * PAGE_TOKENS
 
@@ -230,19 +250,23 @@ POOLINGS = st.sampled_from([None, None, None, None, *Pooling])
 class Steps(RuleBasedStateMachine):
     @initialize(
         overlaps=st.booleans(), drafts=st.booleans(), prefix_cache=st.booleans(), seed=st.integers(0, 99),
-        steps=st.integers(1, 9),
+        steps=st.integers(1, 9), has_states=st.booleans(),
     )  # fmt: skip
-    def start(self, overlaps: bool, drafts: bool, prefix_cache: bool, seed: int, steps: int) -> None:
+    def start(
+        self, overlaps: bool, drafts: bool, prefix_cache: bool, seed: int, steps: int, has_states: bool = False
+    ) -> None:
         self.random = np.random.default_rng(seed)
-        self.device = Device(overlaps, steps > 1)
+        self.device = Device(overlaps, steps > 1, has_states)
+        plan = dataclasses.replace(PLAN, states=STATES if has_states else None)
         # A call takes one tick however many steps it has, so multi-step decodes get longer from call to call.
         clock = itertools.count(step=MULTI_STEP_S / steps)
         self.model = ModelEngine(
-            "m", None, PLAN, self.device, pathlib.Path(),  # type: ignore[arg-type]
+            "m", None, plan, self.device, pathlib.Path(),  # type: ignore[arg-type]
             prefix_cache=prefix_cache, clock=lambda: next(clock),
         )  # fmt: skip
+        assert (self.model.speculation is None) == has_states
         self.model.speculation = None
-        if drafts:
+        if drafts and not has_states:
             step_timer = StepTimer(PAGE_TOKENS, PLAN.mixed_step_tokens)
             step_timer.record(1, 0, 1.0)
             self.model.speculation = Speculation(RandomDrafter(self), step_timer)
@@ -307,7 +331,8 @@ class Steps(RuleBasedStateMachine):
             expected = expected_embedding(s.tokens[: s.num_prompt].tolist(), s.pooling)
             np.testing.assert_allclose(np.frombuffer(embedding.vector, np.float32), expected, rtol=1e-5)
             self.finish(embedding.sequence)
-        for number, _ in output.failures:
+        for number, error in output.failures:
+            assert error.code == "non_finite_logits" or error.message.endswith(FAULTS), error.message
             assert self.asked.pop(number).status is SequenceStatus.FINISHED
             self.num_failed += 1
 
@@ -326,20 +351,25 @@ class Steps(RuleBasedStateMachine):
         assert self.model.scheduler.cache.pool.num_free == PLAN.num_pages
         (window,) = self.model.scheduler.cache.windows
         assert window.pool.num_free == window.pool.num_pages
+        if (states := self.model.scheduler.cache.states) is not None:
+            assert states.pool.num_free == STATES.num_slots
 
 
 Steps.TestCase.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
 TestSteps = Steps.TestCase
 
 
-@pytest.mark.parametrize(("overlaps", "drafts"), [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("overlaps", "drafts", "has_states"),
+    [(False, True, False), (True, True, False), (False, False, True), (True, False, True)],
+)
 def test_two_thousand_sequences_in_a_cache_that_is_too_small(
-    overlaps: bool, drafts: bool, monkeypatch: pytest.MonkeyPatch
+    overlaps: bool, drafts: bool, has_states: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Preempt, draft, decode multi-step, cancel and fault at random: every sequence gets its own tokens or an error."""
     monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 0)
     machine = Steps()
-    machine.start(overlaps, drafts, True, 5, 4)
+    machine.start(overlaps, drafts, True, 5, 4, has_states)
     random = machine.random
     while machine.number < 2000 or machine.model.busy:
         for _ in range(int(random.integers(0, 3)) if machine.number < 2000 else 0):

@@ -123,7 +123,7 @@ def test_a_cache_that_is_too_small_changes_no_token(
     few = num_windows * window_pages(WINDOW, PAGE_TOKENS) + chunk_pages(64, PAGE_TOKENS)
     driver = load(context_tokens=512, kv_cache_bytes=num_pages * page_bytes + few * table.page_bytes)
     model = driver.model()
-    assert model.plan.table_pages == (num_pages, few)
+    assert model.plan.cache_sizes == (num_pages, few, 0)
     assert model.plan.kv_cache_bytes == num_pages * page_bytes + few * table.page_bytes
     assert run(driver) == expected
     assert num_windows == 2 or model.scheduler.num_preemptions

@@ -96,7 +96,8 @@ def run(
     window = max(cache.window_tokens for cache in config.caches() if cache is not None)
     parts = attention_parts(*arrays, 16, HOST, window)
     batch = dataclasses.replace(batch, parts=parts, num_decodes=2)
-    caches = decoder.new_caches(config, [pages] * len(config.layers), torch.zeros, shard)
+    num_pages = [pages] * len(config.layers)
+    caches = decoder.new_caches(config, num_pages, 0, torch.float32, lambda shape, _: torch.zeros(shape), shard).layers
     ids = torch.randint(config.vocab_size, (11,), generator=generator)
     forward = decoder.Decoder(config, weights, EAGER, sum_ranks)
     hidden = forward.hidden(ids, [batch] * len(caches), caches)

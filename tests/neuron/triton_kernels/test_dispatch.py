@@ -92,7 +92,9 @@ for lengths, decodes in (([(1, 20), (1, 3)], 2), ([(1, 33), (70, 70), (5, 21)], 
     for operations in (EAGER, KERNELS):
         torch.manual_seed(1)
         num_pages = [pages] * len(config.layers)
-        caches = decoder.new_caches(config, num_pages, lambda shape: torch.randn(shape).to(torch.float16))
+        caches = decoder.new_caches(
+            config, num_pages, 0, torch.float16, lambda shape, dtype: torch.randn(shape).to(dtype)
+        ).layers
         forward = decoder.Decoder(config, weights, operations)
         hidden = forward.hidden(ids, [batch] * len(caches), caches)
         found = forward.logits(hidden)

@@ -1,0 +1,334 @@
+"""A layer with a state, made for the test: the same logits however a prompt is cut, resumed, batched and padded."""
+
+import array
+import concurrent.futures
+import dataclasses
+import pathlib
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cached_layers import FAMILIES_OF_TESTS, make_model
+from graph_rig import ByDefinition, Recorded
+
+from cortex.wire.node import ModelSpec
+from neuron.device import jobs
+from neuron.engine import multi_step
+from neuron.engine import scheduler as scheduler_module
+from neuron.engine.cache_memory import LayerCaches
+from neuron.engine.loading import load_model
+from neuron.engine.model_engine import ModelEngine
+from neuron.engine.sequence import Sequence
+from neuron.engine.step_timer import StepTimer
+from neuron.engine.tensor_parallel import Follower
+from neuron.models import packed, sizing
+from neuron.models.config import read_config
+from neuron.models.registry import FAMILIES
+from neuron.triton_kernels import dispatch
+
+TEXT = [1 + 7 * i % 60 + i % 3 for i in range(300)]
+PROMPT = TEXT[:150]
+TOP = 5
+"""Likeliest tokens of which the log probabilities are compared."""
+Outcome = tuple[list[int], np.ndarray[Any, Any]]
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, family in FAMILIES_OF_TESTS.items():
+        monkeypatch.setitem(FAMILIES, name, family)
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    return make_model("recurrent", tmp_path)
+
+
+@pytest.fixture(params=["eager", "graphs"])
+def load(
+    request: pytest.FixtureRequest,
+    harness: Callable[..., Any],
+    folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Any]:
+    """Load the model on the CPU, or as on a GPU: with graphs, and steps that overlap."""
+    with_graphs = request.param == "graphs"
+    if with_graphs:
+        operations = ByDefinition()
+        monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: operations)
+
+    def make(step_tokens: int = 512, **spec: object) -> Any:
+        driver = harness()
+        if with_graphs:
+            driver.engine._graphs = lambda: Recorded(late=True)
+        with monkeypatch.context() as patch:
+            short = dataclasses.replace(sizing.CPU_DEFAULTS, step_tokens=step_tokens, mixed_step_tokens=step_tokens)
+            patch.setattr(sizing, "CPU_DEFAULTS", short)
+            answer = driver.load(folder, max_sequences=5, **spec)
+        assert isinstance(answer, jobs.Done), answer
+        driver.model().executor.overlaps = with_graphs
+        return driver
+
+    return make
+
+
+def outcomes(driver: Any) -> dict[int, Outcome]:
+    """Return tokens and their log probabilities ``[N, TOP]`` of each sequence."""
+    assert not driver.failures()
+    found: dict[int, list[bytes]] = {}
+    for row in driver.rows:
+        if row.logprobs is not None:
+            found.setdefault(row.sequence, []).append(row.logprobs.top)
+    ids = driver.outputs()
+    return {n: (ids[n], np.frombuffer(b"".join(parts), np.float32).reshape(-1, TOP)) for n, parts in found.items()}
+
+
+def ask(driver: Any, prompts: list[list[int]], max_tokens: int = 12) -> list[Outcome]:
+    """Run prompts together; return their outcomes."""
+    driver.sent.clear()
+    for number, prompt in enumerate(prompts):
+        driver.generate(number, prompt, max_tokens, top_logprobs=TOP)
+    while driver.engine.busy:
+        driver.engine.step()
+        driver.model().scheduler.check_integrity()
+    found = outcomes(driver)
+    return [found[number] for number in range(len(prompts))]
+
+
+def check(found: list[Outcome], expected: list[Outcome]) -> None:
+    for (ids, logprobs), (expected_ids, expected_logprobs) in zip(found, expected, strict=True):
+        assert np.isfinite(logprobs).all()
+        assert ids == expected_ids
+        np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-5, rtol=1e-5)
+
+
+def cached(driver: Any) -> list[int]:
+    """Return the tokens of each prompt that were found in the cache."""
+    return [row.prompt_cached for row in driver.rows if row.prompt_cached is not None]
+
+
+def alone(load: Callable[..., Any], prompts: list[list[int]], max_tokens: int = 12) -> list[Outcome]:
+    """Return the outcomes of prompts that are computed whole, one after the other, without a prefix cache."""
+    driver = load(prefix_cache=False)
+    return [ask(driver, [prompt], max_tokens)[0] for prompt in prompts]
+
+
+def states(driver: Any) -> torch.Tensor:
+    executor = driver.model().executor
+    found: torch.Tensor = getattr(executor, "_eager", executor).caches._states
+    return found
+
+
+@pytest.mark.parametrize("step_tokens", [1, 16, 64])
+def test_a_prompt_in_chunks_has_the_logits_of_the_whole(load: Callable[..., Any], step_tokens: int) -> None:
+    prompts = [PROMPT, TEXT[:3], TEXT[5:77], TEXT[100:240]]
+    expected = alone(load, prompts)
+    chunked = load(step_tokens, prefix_cache=False)
+    check([ask(chunked, [prompt])[0] for prompt in prompts], expected)
+    # Together: ragged steps of chunks and decodes, and graphs with padding rows.
+    check(ask(chunked, [*prompts, PROMPT]), [*expected, expected[0]])
+    if step_tokens == 16:
+        check(ask(load(), [*prompts, PROMPT]), [*expected, expected[0]])
+
+
+def test_a_sequence_resumes_from_the_longest_checkpoint(load: Callable[..., Any]) -> None:
+    prompts = [PROMPT, [*TEXT[:128], 9, 9], TEXT, [*TEXT[:100], 5] * 2]
+    expected = alone(load, prompts)
+    driver = load(64)
+    states = driver.model().plan.states
+    assert states.checkpoint_pages == 4
+    for prompt, outcome in zip(prompts, expected, strict=True):
+        check(ask(driver, [prompt]), [outcome])
+    for prompt, outcome, length in zip(prompts, expected, (128, 128, 256, 192), strict=True):
+        check(ask(driver, [prompt]), [outcome])
+        assert cached(driver) == [length]
+    # Two at once from one checkpoint, beside one from another and one from none.
+    together = [PROMPT, PROMPT, TEXT, TEXT[7:50]]
+    check(ask(driver, together), [expected[0], expected[0], expected[2], *alone(load, [TEXT[7:50]])])
+    assert cached(driver) == [128, 128, 256, 0]
+
+
+@pytest.mark.parametrize("fault", ["not copied", "zeros"])
+def test_a_wrong_state_is_seen(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """The comparison of logits notices a checkpoint that is not copied, or copied from the wrong slot."""
+    expected = alone(load, [PROMPT])
+    driver = load(64)
+    check(ask(driver, [PROMPT]), expected)
+    copy = LayerCaches.copy_states
+    if fault == "zeros":
+        monkeypatch.setattr(LayerCaches, "copy_states", lambda self, copies: copy(self, copies * [[0], [1]]))
+    else:
+        monkeypatch.setattr(LayerCaches, "copy_states", lambda *_: None)
+    with pytest.raises(AssertionError):
+        check(ask(driver, [PROMPT]), expected)
+    assert cached(driver) == [128]
+
+
+def test_preemption_changes_no_logits(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 0)
+    prompts = [TEXT[20 * number :][:100] for number in range(4)]
+    expected = alone(load, prompts, 90)
+    driver = load(64, context_tokens=512)
+    pool = driver.model().scheduler.cache.pool
+    held = pool.allocate(pool.num_free - 37)
+    monkeypatch.setattr(type(pool), "check_integrity", lambda *_: None)
+    check(ask(driver, prompts, 90), expected)
+    assert driver.model().scheduler.num_preemptions
+    pool.release(held)
+
+
+def test_a_few_slots_change_no_logits(load: Callable[..., Any]) -> None:
+    """Sequences wait for a slot, and checkpoints are evicted for them and for each other."""
+    prompts = [TEXT[20 * number :][:100] for number in range(5)]
+    expected = alone(load, prompts)
+    driver = load(64, context_tokens=512)
+    pool = driver.model().scheduler.cache.states.pool
+    held = pool.allocate(pool.num_free - 3)
+    pool_check, num_held = pool.check_integrity, len(held)
+    pool.check_integrity = lambda arrays: pool_check([*arrays, held])
+    for _ in range(2):
+        check(ask(driver, prompts), expected)
+    assert pool.num_free == pool.num_pages - num_held
+
+
+def test_multi_step_decodes_leave_states_of_other_rows_alone(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows of a graph of four; one ends in the middle of a multi-step decode."""
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: multi_step.MULTI_STEP_S / 10.5)
+    monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: True)
+    prompts = [PROMPT, TEXT[:30], TEXT[5:77]]
+    expected = alone(load, prompts, 40)
+    driver = load()
+    for number, (prompt, (ids, _)) in enumerate(zip(prompts, expected, strict=True)):
+        driver.generate(number, prompt, 40, eos=(ids[15],) if number == 1 else ())
+    driver.run()
+    found = driver.outputs()
+    stop = expected[1][0].index(expected[1][0][15])
+    assert found == {0: expected[0][0], 1: expected[1][0][:stop], 2: expected[2][0]}
+
+
+def test_a_nan_reaches_no_later_sequence(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by its slot nor by a checkpoint; sequences beside it go on."""
+    bad = [*TEXT[:30], 63, *TEXT[31:140]]
+    monkeypatch.setattr(scheduler_module, "AWAITED_PAGES", 99)
+    expected = alone(load, [PROMPT, TEXT[9:90]])
+    driver = load(64)
+    executor = driver.model().executor
+    eager = getattr(executor, "_eager", executor)
+    embedding = eager.forward.weights.embedding["table"].weight
+    assert 63 not in PROMPT
+    sound = embedding[63].clone()
+    embedding[63] = torch.nan
+    driver.generate(7, TEXT[9:90], 12, top_logprobs=TOP)
+    driver.generate(8, bad, 12)
+    driver.run()
+    assert driver.failures()[8].code == "non_finite_logits"
+    embedding[63] = sound
+    driver.sent = [sent for sent in driver.sent if not isinstance(sent, jobs.SequenceFailed)]
+    check([outcomes(driver)[7]], expected[1:])
+    slots = driver.model().plan.states.num_slots
+    for layer in eager.caches.layers:
+        for tensor in layer or ():
+            assert tensor[1:-1].isfinite().all()
+    # As many at once as there are slots: each begins in one that was used before.
+    assert slots >= 5
+    check(ask(driver, [PROMPT] * 5), expected[:1] * 5)
+    check(ask(driver, [bad]), alone(load, [bad]))
+    assert cached(driver) == [0]
+
+
+def test_a_sequence_cancelled_in_flight_leaves_the_others_alone(load: Callable[..., Any]) -> None:
+    expected = alone(load, [PROMPT, TEXT])
+    driver = load(64)
+    driver.generate(0, PROMPT, 12, top_logprobs=TOP)
+    driver.engine.step()
+    driver.post(jobs.Cancel(0))
+    driver.generate(1, PROMPT, 12, top_logprobs=TOP)
+    driver.generate(2, TEXT, 12, top_logprobs=TOP)
+    driver.engine.step()
+    driver.run()
+    found = outcomes(driver)
+    check([found[1], found[2]], expected)
+
+
+def test_such_a_model_has_no_native_step_and_no_drafts(folder: pathlib.Path, harness: Callable[..., Any]) -> None:
+    config = read_config(folder)
+    assert "layers (Attention, Recurrence, GatedMlp) that only the eager path computes" in str(packed.obstacle(config))
+    driver = harness()
+    driver.load(folder, dtype="bfloat16", max_sequences=5)
+    plan = driver.model().plan
+    assert not plan.native
+    assert driver.model().speculation is None
+    # 3 x 72 elements in bfloat16, on 64 bytes, and 3 x 8 x 8 in float32, in each of two layers.
+    assert plan.states.slot_bytes == 2 * (448 + 768)
+    assert states(driver).nbytes == plan.states.total_bytes
+    inputs, recurrent = driver.model().executor.caches.layers[1]
+    assert (inputs.dtype, inputs.shape) == (torch.bfloat16, (1 + plan.states.num_slots, 3, 72))
+    assert (recurrent.dtype, recurrent.shape) == (torch.float32, (1 + plan.states.num_slots, 3, 8, 8))
+    answer = harness().load(folder, draft=str(folder))
+    assert isinstance(answer, jobs.JobFailed)
+    assert "cannot be cut back" in answer.error.message
+
+
+# ------------------------------------------------------------------ tensor parallelism
+
+
+def address() -> str:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{trial.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("name", ["recurrent", "latent"])
+def test_two_ranks_have_the_tokens_of_one(
+    name: str, tmp_path: pathlib.Path, harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three heads of a recurrence are two and one; states, copies and zeros follow rank 0's plan."""
+    folder = make_model(name, tmp_path)
+    spec = ModelSpec("m", "x", tensor_parallel=2, dtype="float32", max_sequences=3)
+    short = dataclasses.replace(sizing.CPU_DEFAULTS, step_tokens=64, mixed_step_tokens=64)
+    monkeypatch.setattr(sizing, "CPU_DEFAULTS", short)
+    prompts = [PROMPT, TEXT[:140], PROMPT]
+    where = address()
+
+    def tokens(model: ModelEngine) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        lengths = []
+        for number, prompt in enumerate(prompts * 2):
+            settings = jobs.SamplerSettings(temperature=0.0)
+            model.scheduler.add(Sequence(number, np.array(prompt, np.int32), 12, frozenset(), settings))
+            while number >= 2 and model.busy:
+                for row in model.step().rows:
+                    found.setdefault(row.sequence, []).extend(array.array("i", row.ids))
+                    lengths += [row.prompt_cached] if row.prompt_cached is not None else []
+        assert sorted(lengths[-3:]) == ([128, 128, 128] if name == "recurrent" else [128, 144, 144])
+        return [found[number] for number in range(len(prompts) * 2)]
+
+    def run(rank: int) -> list[list[int]]:
+        loading = load_model(
+            spec, folder, torch.device("cpu"), lambda: 1 << 30, jobs.GroupSettings(rank, 2, where, 20.0)
+        )
+        while True:
+            try:
+                next(loading)
+            except StopIteration as finished:
+                model: ModelEngine | Follower = finished.value
+                break
+        if isinstance(model, Follower):
+            while model.follow():
+                pass
+            model.close()
+            return []
+        found = tokens(model)
+        model.close()
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(2) as ranks:
+        found, _ = ranks.map(run, range(2))
+    driver = harness()
+    driver.load(folder, max_sequences=3)
+    assert found == [driver.output_alone(prompt, 12) for prompt in prompts * 2]
