@@ -79,7 +79,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., p
         }
         names = {
             "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "gemma3": "Gemma3",
-            "mistral": "Mistral", "ministral3": "Ministral3",
+            "mistral": "Mistral", "ministral3": "Ministral3", "phi3": "Phi3", "smollm3": "SmolLM3",
         }  # fmt: skip
         name = names[kind]
         if kind in {"qwen3", "qwen3_moe", "gemma3", "mistral", "ministral3"}:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from neuron.layers.cache import PagedKV
 from neuron.layers.layer import Weights
 from neuron.layers.norm import Norm
-from neuron.layers.parameters import Constant, Matrix, Parameters, Tensor, Vector
+from neuron.layers.parameters import Constant, Fused, Matrix, Parameters, Tensor, Vector
 from neuron.layers.rope import Rope
 from neuron.layers.shard import WHOLE, Shard, scaled
 
@@ -92,7 +92,11 @@ class Attention:
         output_bias = (Tensor("self_attn.o_proj.bias", "attn_output.bias", (hidden,)),) if has_output_bias else ()
         found: Parameters = {
             "norm": self.norm.vector("input_layernorm", "attn_norm"),
-            "qkv": Matrix(tensors("weight", hidden), tensors("bias") if self.qkv_bias else ()),
+            "qkv": Matrix(
+                tensors("weight", hidden),
+                tensors("bias") if self.qkv_bias else (),
+                Fused("self_attn.qkv_proj.weight", "attn_qkv.weight"),
+            ),
             "output": Matrix((output,), output_bias),
             "rope": Constant(self.rope.table()),
         }

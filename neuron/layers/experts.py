@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from neuron.layers.layer import Weights
 from neuron.layers.norm import Norm
-from neuron.layers.parameters import Matrix, Parameters, Tensor
+from neuron.layers.parameters import Fused, Matrix, Parameters, Tensor
 from neuron.layers.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Experts:
     width: int
     normalise: bool = True
     """Whether the weights of the picked experts are normalised to sum to 1."""
+    transposed: bool = False
+    """Whether safetensors with one tensor for all experts may have their matrices as ``[in, out]``."""
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -50,8 +52,17 @@ class Experts:
         return {
             "norm": self.norm.vector("post_attention_layernorm", "ffn_norm"),
             "router": Matrix((router,), quantised=False),
-            "gate_up": Matrix(inner, num_experts=self.num_experts, gated=True),
-            "down": Matrix(outer, num_experts=self.num_experts),
+            "gate_up": Matrix(
+                inner,
+                fused=Fused("mlp.experts.gate_up_proj", "ffn_gate_up_exps.weight", self.transposed),
+                num_experts=self.num_experts,
+                gated=True,
+            ),
+            "down": Matrix(
+                outer,
+                fused=Fused("mlp.experts.down_proj", "ffn_down_exps.weight", self.transposed),
+                num_experts=self.num_experts,
+            ),
         }
 
     def cache(self, shard: Shard = WHOLE) -> None:

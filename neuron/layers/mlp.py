@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from neuron.layers.layer import Weights
 from neuron.layers.norm import Norm
-from neuron.layers.parameters import Matrix, Parameters, Tensor
+from neuron.layers.parameters import Fused, Matrix, Parameters, Tensor
 from neuron.layers.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class GatedMlp:
         before = "pre_feedforward" if self.out_norm else "post_attention"
         found: Parameters = {
             "norm": self.norm.vector(f"{before}_layernorm", "ffn_norm"),
-            "gate_up": Matrix((gate, up), gated=True),
+            "gate_up": Matrix((gate, up), fused=Fused("mlp.gate_up_proj.weight", "ffn_up.weight"), gated=True),
             "down": Matrix((down,)),
         }
         if self.out_norm:

@@ -6,7 +6,7 @@ a GPU or for the CPU kernels, and a rank's part follow from the declaration. No 
 
 import dataclasses
 import math
-from typing import Final
+from typing import Final, NamedTuple
 
 ALL: Final = range(-1)
 """Rows or columns of a whole tensor."""
@@ -66,6 +66,16 @@ class Vector:
         return sum(count * len(tensor.rows) for tensor, count in zip(self.tensors, repeats, strict=True))
 
 
+class Fused(NamedTuple):
+    """Names of the one tensor that a file may have for all tensors of a matrix: their rows, one after another."""
+
+    name: str
+    """Name in safetensors; of a stack of matrices for experts."""
+    gguf: str
+    transposed: bool = False
+    """Whether safetensors may have the matrices of a stack as ``[in, out]``."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Matrix:
     """Matrix ``[out, in]``, maybe with a bias: the rows of ``tensors`` concatenated. It may be quantised."""
@@ -73,6 +83,7 @@ class Matrix:
     tensors: tuple[Tensor, ...]
     biases: tuple[Tensor, ...] = ()
     """Bias of each tensor, or none."""
+    fused: Fused | None = None
     num_experts: int = 0
     """Number of experts in it, all in one form; 0: it is an ordinary matrix."""
     gated: bool = False
@@ -114,4 +125,7 @@ def within(parameter: Parameter, prefix: str, gguf_prefix: str) -> Parameter:
     if isinstance(parameter, Vector):
         return dataclasses.replace(parameter, tensors=tensors)
     biases = tuple(tensor.within(prefix, gguf_prefix) for tensor in parameter.biases)
-    return dataclasses.replace(parameter, tensors=tensors, biases=biases)
+    fused = parameter.fused
+    if fused is not None:
+        fused = Fused(prefix + fused.name, gguf_prefix + fused.gguf, fused.transposed)
+    return dataclasses.replace(parameter, tensors=tensors, biases=biases, fused=fused)

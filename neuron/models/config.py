@@ -18,6 +18,8 @@ from neuron.models.files import quoted, read_json_object
 from neuron.models.gguf import GgufHeader, read_header
 from neuron.models.model import GenerationDefaults, ModelConfig
 from neuron.models.registry import find_family
+from neuron.models.stored import by_tensor, unstacked
+from neuron.models.wrappers import text_values
 
 
 def read_config(path: pathlib.Path) -> ModelConfig:
@@ -39,9 +41,10 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
     values = _json_object(path)
     if values is None:
         raise CorruptWeightsError(path, "no such file")
-    fields = JsonFields(path, values)
-    class_names = fields.names("architectures")
-    family = find_family(str(values.get("model_type")), class_names or None, path)
+    class_names = JsonFields(path, values).names("architectures")
+    fields = JsonFields(path, text_values(path, values))
+    family = find_family(str(fields.value("model_type")), fields.names("architectures") or None, path)
+    fields = JsonFields(path, {**family.defaults, **fields.values})
     if method := values.get("quantization_config"):
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise UnsupportedQuantizationError(f"{path}: quantization {quoted(name)} is not supported")
@@ -49,9 +52,10 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
     generation = _json_object(generation_path) or {}
     embeds = makes_embeddings(folder, class_names)
     config = _built(family, fields)
-    if embeds and not has_head(folder):
-        # Without a head nothing is generated, and a tied one takes no memory.
-        config = dataclasses.replace(config, head=dataclasses.replace(config.head, tied=True))
+    if (embeds or "text_config" in values) and (head := has_head(folder)) is not None:
+        # Without a head nothing is generated, and a tied one takes no memory. Wrappers do not tell reliably.
+        tied = not head or (embeds and config.head.tied)
+        config = dataclasses.replace(config, head=dataclasses.replace(config.head, tied=tied))
     return _with_ends(
         config,
         folder_ends(folder, (generation, *_configs(values))),
@@ -68,20 +72,14 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
     name = str(values.get("general.architecture"))
     fields = GgufFields(path, header, name)
     config = _built(find_family(name, None, path), fields)
-    kinds = {tensor.name: tensor.kind for tensor in header.tensors}
-    stored = {}
-    for tensor in config.tensors().values():
-        # A layer's experts are one tensor there: expert 7 of ffn_up_exps.weight is ffn_up_exps.7 here.
-        kind = kinds.get(tensor.gguf, kinds.get(tensor.gguf.rpartition(".")[0] + ".weight"))
-        if kind is not None:
-            stored[tensor.name] = kind
+    stored = by_tensor(config, unstacked(header.tensors), path, gguf=True)
     return _with_ends(
         config,
         gguf_ends(values, path),
         bos_id=next(iter(token_ids(values.get("tokenizer.ggml.bos_token_id"), path)), None),
         generation=_generation(path, values, GGUF_GENERATION_KEYS),
         pooling=Pooling.MEAN if fields.values.get("pooling_type") == GGUF_MEAN_POOLING else Pooling.LAST,
-        tensor_kinds=stored,
+        tensor_kinds={name: stored[name].kind for name in config.tensors() if name in stored},
     )
 
 

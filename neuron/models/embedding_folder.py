@@ -56,12 +56,12 @@ def pooling_of(folder: pathlib.Path) -> Pooling:
     return _POOLINGS[ways[0]]
 
 
-def has_head(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint holds ``lm_head.weight``; also true if unreadable, which is refused later."""
+def has_head(folder: pathlib.Path) -> bool | None:
+    """Whether a checkpoint holds ``lm_head.weight``; ``None`` if it cannot be read, which is refused later."""
     try:
         return "lm_head.weight" in read_tensors(folder)
     except CorruptWeightsError:
-        return True
+        return None
 
 
 def _steps(path: pathlib.Path) -> list[tuple[str, str]]:

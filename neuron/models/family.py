@@ -4,7 +4,7 @@ A family reads a configuration, in either format, into blocks of layers.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from neuron.layers.attention import Attention
@@ -35,6 +35,8 @@ class Family:
     gguf_name: str = ""
     other_names: tuple[str, ...] = ()
     """Further names in either format."""
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of keys that its ``config.json`` may leave out."""
 
 
 def norm_of(fields: Fields, *, less_one: bool = False) -> Norm:
@@ -117,7 +119,7 @@ def kinds_of(fields: Fields) -> tuple[str, ...]:
 
 def window_of(fields: Fields) -> int:
     """Return the window of attention in tokens; 0 where there is none that is shorter than the context."""
-    window = fields.size("sliding_window", 0)
+    window = fields.size("sliding_window") if fields.value("sliding_window") else 0
     return window if window < fields.size("max_position_embeddings") else 0
 
 

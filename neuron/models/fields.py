@@ -148,7 +148,8 @@ class Fields(abc.ABC):
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Return a truth value."""
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        value = default if value is None else value
         if not isinstance(value, bool):
             raise CorruptWeightsError(self.path, f"{key} is {quoted(value)}, not true or false")
         return value

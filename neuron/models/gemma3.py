@@ -52,4 +52,12 @@ def _kinds(fields: Fields, num_layers: int) -> tuple[str, ...]:
     return tuple(WINDOWED if (i + 1) % every else NOT_WINDOWED for i in range(num_layers))
 
 
-FAMILY: Final = Family("gemma3_text", ("Gemma3ForCausalLM",), build, gguf_name="gemma3")
+DEFAULTS: Final = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+}
+"""Values of Gemma3TextConfig that the published files of the 4B model leave out."""
+FAMILY: Final = Family("gemma3_text", ("Gemma3ForCausalLM",), build, gguf_name="gemma3", defaults=DEFAULTS)

@@ -58,6 +58,8 @@ class ModelConfig:
     """Pooling of its embeddings."""
     generates: bool = True
     """Whether it generates text, not embeddings alone."""
+    unused: tuple[str, ...] = ()
+    """Prefixes of tensors, by their names in either format, that a checkpoint may have beside the model's."""
     tensor_kinds: Mapping[str, TensorKind] = dataclasses.field(default_factory=dict)
     """Storage kind of each tensor of a GGUF file, by safetensors name; empty for a folder, where all are floats."""
 

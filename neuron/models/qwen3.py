@@ -22,4 +22,4 @@ def build(fields: Fields) -> ModelConfig:
     return decoder_of("qwen3", fields, blocks_of(fields, qwen3_attention(fields), mlp_of(fields)))
 
 
-FAMILY: Final = Family("qwen3", ("Qwen3ForCausalLM",), build)
+FAMILY: Final = Family("qwen3", ("Qwen3ForCausalLM",), build, other_names=("qwen3_vl_text", "qwen3vl"))

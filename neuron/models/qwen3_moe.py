@@ -12,6 +12,8 @@ from neuron.models.fields import Fields, GgufFields
 from neuron.models.model import ModelConfig
 from neuron.models.qwen3 import qwen3_attention
 
+WRAPPED: Final = "qwen3_vl_moe_text"
+"""Type of the language model within Qwen3-VL, whose files have the experts of a layer as one tensor."""
 MAX_EXPERT_MATRICES: Final = 1 << 17
 """Bound on the experts of all layers together."""
 
@@ -20,13 +22,14 @@ def build(fields: Fields) -> ModelConfig:
     """Return the model of a configuration."""
     if fields.values.get("mlp_only_layers") or fields.size("decoder_sparse_step", 1) != 1:
         raise UnsupportedArchitectureError(f"{fields.path}: layers without experts among others are not supported")
-    is_gguf = isinstance(fields, GgufFields)
+    is_gguf, is_wrapped = isinstance(fields, GgufFields), fields.value("model_type") == WRAPPED
     experts = Experts(
         norm_of(fields),
         fields.size("num_experts" if is_gguf or "num_experts" in fields.values else "num_local_experts"),
         fields.size("num_experts_per_tok"),
         fields.size("moe_intermediate_size"),
-        normalise=is_gguf or fields.flag("norm_topk_prob"),
+        normalise=is_gguf or is_wrapped or fields.flag("norm_topk_prob"),
+        transposed=is_wrapped,
     )
     blocks = blocks_of(fields, qwen3_attention(fields), experts)
     if experts.num_experts * len(blocks) > MAX_EXPERT_MATRICES:
@@ -34,4 +37,4 @@ def build(fields: Fields) -> ModelConfig:
     return decoder_of("qwen3_moe", fields, blocks)
 
 
-FAMILY: Final = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), build, gguf_name="qwen3moe")
+FAMILY: Final = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), build, "qwen3moe", other_names=(WRAPPED, "qwen3vlmoe"))

@@ -2,13 +2,16 @@
 
 from typing import Final
 
-from neuron.models import gemma3, llama, mistral, qwen2, qwen3, qwen3_moe
+from neuron.models import gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
 from neuron.models.errors import UnsupportedArchitectureError
 from neuron.models.family import Family
 
 FAMILIES: Final[dict[str, Family]] = {
     name: family
-    for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gemma3.FAMILY, mistral.FAMILY)
+    for family in (
+        *(llama.FAMILY, mistral.FAMILY, phi3.FAMILY, smollm3.FAMILY, gemma3.FAMILY),
+        *(qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY),
+    )
     for name in (family.name, family.gguf_name or family.name, *family.other_names)
 }
 

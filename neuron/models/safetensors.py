@@ -16,6 +16,7 @@ import msgspec
 
 from neuron.models.errors import CorruptWeightsError
 from neuron.models.files import MAX_INDEX_BYTES, is_name, open_regular, quoted, read_json_object
+from neuron.models.wrappers import text_name
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -48,6 +49,8 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    strides: tuple[int, ...] = ()
+    """Distances of rows and columns in elements, of a matrix that is part of another one; else it is contiguous."""
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, TensorEntry]:
@@ -56,6 +59,7 @@ def read_tensors(folder: pathlib.Path) -> dict[str, TensorEntry]:
     Raises :class:`CorruptWeightsError`.
     """
     found = _in_files(folder)
+    found = {name: entry for stored, entry in found.items() if (name := text_name(stored)) is not None}
     # A model that was saved without a head has no `model.` before its names.
     bare = "embed_tokens.weight" in found
     return {

@@ -17,11 +17,12 @@ import torch
 from neuron.layers.parameters import Tensor
 from neuron.models.config import config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
-from neuron.models.fields import FACTORS, MAX_EXPERTS
+from neuron.models.fields import FACTORS
 from neuron.models.files import quoted
 from neuron.models.gguf import TensorInfo, TensorKind, read_header
 from neuron.models.model import ModelConfig
 from neuron.models.safetensors import TensorEntry, read_tensors
+from neuron.models.stored import by_tensor, unstacked
 from neuron.models.transfer import ON_HOST, Transfer, from_file
 
 PIECE_ELEMENTS: Final = 1 << 18
@@ -105,18 +106,21 @@ def open_weights(path: pathlib.Path) -> WeightSource:
         raise CorruptWeightsError(path, "no such file or folder")
     source = SafetensorsSource(path) if path.is_dir() else GgufSource(path)
     try:
-        check_shapes(path, source.config.tensor_shapes(), source.shapes(), source.config.head.tied)
+        check_shapes(path, source.config, source.shapes())
     except BaseException:
         source.close()
         raise
     return source
 
 
-def check_shapes(
-    path: pathlib.Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], tied: bool
-) -> None:
-    """Raise :class:`CorruptWeightsError` unless ``found`` is ``expected``; a tied head may be stored as well."""
-    extra = set(found) - set(expected) - ({"lm_head.weight"} if tied else set())
+def check_shapes(path: pathlib.Path, config: ModelConfig, found: dict[str, tuple[int, ...]]) -> None:
+    """Raise :class:`CorruptWeightsError` unless ``found`` are the model's tensors, or also ones that it leaves unused.
+
+    A tied head may be stored as well.
+    """
+    expected = config.tensor_shapes()
+    extra = {name for name in set(found) - set(expected) if not name.startswith(config.unused or ("\0",))}
+    extra -= {"lm_head.weight"} if config.head.tied else set()
     for what, names in (("lacks", set(expected) - set(found)), ("has unexpected", extra)):
         if names:
             some = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -134,7 +138,7 @@ class SafetensorsSource:
     def __init__(self, folder: pathlib.Path) -> None:
         self.config = read_config(folder)
         self._declared = self.config.tensors()
-        self._entries = read_tensors(folder)
+        self._entries = by_tensor(self.config, read_tensors(folder), folder)
         self._files: dict[pathlib.Path, mmap.mmap] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -170,7 +174,7 @@ class SafetensorsSource:
     def read_stored(self, name: str) -> StoredTensor | None:
         """Return the mapped tensor."""
         entry = self._entries[name]
-        kind = STORED_KINDS.get(entry.dtype)
+        kind = None if entry.strides else STORED_KINDS.get(entry.dtype)
         return None if kind is None else StoredTensor(kind, self._bytes(entry), self._declared[name].order)
 
     def _bytes(self, entry: TensorEntry) -> PackedBytes:
@@ -187,7 +191,8 @@ class SafetensorsSource:
         dtype, packed = FLOAT_DTYPES[entry.dtype], self._bytes(entry)
         if packed.ctypes.data % dtype.itemsize:
             packed = packed.copy()
-        return from_file(packed).view(dtype).view(entry.shape)
+        values = from_file(packed).view(dtype)
+        return values.as_strided(entry.shape, entry.strides) if entry.strides else values.view(entry.shape)
 
     def close(self) -> None:
         """Unmap the files; later, if a view of one is left."""
@@ -205,13 +210,8 @@ class GgufSource:
         self.config = config_from_gguf(path, header)
         self._path = path
         self._declared: dict[str, Tensor] = self.config.tensors()
-        known = {tensor.gguf: name for name, tensor in self._declared.items()}
-        self._tensors = {
-            known.get(part.name, part.name): part
-            for tensor in header.tensors
-            if not tensor.name.endswith(DERIVED_TENSORS)
-            for part in _experts(tensor)
-        }
+        stored = unstacked(tensor for tensor in header.tensors if not tensor.name.endswith(DERIVED_TENSORS))
+        self._tensors = by_tensor(self.config, stored, path, gguf=True)
         with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -269,18 +269,3 @@ class GgufSource:
         """Unmap the file; later, if a raised exception still holds a view of it."""
         with contextlib.suppress(BufferError):
             self._data.close()
-
-
-def _experts(tensor: TensorInfo) -> list[TensorInfo]:
-    """Return a layer's experts one by one, as ``ffn_up_exps.7``; any other tensor unchanged."""
-    stem = tensor.name.removesuffix(".weight")
-    if not stem.endswith("_exps") or len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
-        return [tensor]
-    count, *shape = tensor.shape
-    nbytes = tensor.nbytes // count
-    return [
-        dataclasses.replace(
-            tensor, name=f"{stem}.{i}", shape=tuple(shape), offset=tensor.offset + i * nbytes, nbytes=nbytes
-        )
-        for i in range(count)
-    ]

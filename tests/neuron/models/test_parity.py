@@ -44,6 +44,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "beta_fast": 4.0, "beta_slow": 1.0, "mscale": 0.5, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
         },
     },
+    # A quarter of each head is not rotated; every context is longer than the original one.
+    "phi3": {
+        "kind": "phi3", "hidden_size": 64, "num_attention_heads": 4, "original_max_position_embeddings": 1,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75, "factor": 32.0,
+            "original_max_position_embeddings": 1, "attention_factor": 1.25,
+            "short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 4.0],
+        },
+    },
+    "smollm3": {"kind": "smollm3", "no_rope_layers": [1, 0, 1], "attention_bias": True},
     "qwen3": {"kind": "qwen3"},
     "qwen3-tied": {"kind": "qwen3", "tie_word_embeddings": True, "head_dim": 16, "num_attention_heads": 4},
     "qwen2": {"kind": "qwen2"},

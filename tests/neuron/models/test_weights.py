@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cortex.wire.errors import ApiError
 from neuron.layers.experts import Experts
-from neuron.layers.parameters import Tensor
+from neuron.layers.parameters import Matrix, Tensor
 from neuron.layers.rope import Rope
 from neuron.models.config import read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
@@ -70,7 +70,7 @@ def export_gguf(
     writer.add_value_length(attention.head_dim)
     writer.add_layer_norm_rms_eps(attention.norm.eps)
     writer.add_rope_freq_base(config.blocks[-1][0].rope.theta)
-    writer.add_rope_dimension_count(config.blocks[-1][0].rope.rotary_dim)
+    writer.add_rope_dimension_count(attention.rope.rotary_dim)
     rope = json.loads((folder / "config.json").read_text()).get("rope_parameters") or {}
     if rope.get("rope_type") == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
@@ -79,6 +79,11 @@ def export_gguf(
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
         writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
         writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    if rope.get("rope_type") == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"])
+        for length in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
     if attention.window_tokens:
         writer.add_sliding_window(attention.window_tokens)
     if isinstance(mlp, Experts):
@@ -86,7 +91,14 @@ def export_gguf(
         writer.add_expert_used_count(mlp.choices)
         writer.add_expert_feed_forward_length(mlp.width)
     experts: dict[str, dict[int, np.ndarray]] = {}
+    matrices = (each for parameters in config.parameters() for each in parameters.values() if isinstance(each, Matrix))
+    fused = {matrix.fused.name: matrix.fused.gguf for matrix in matrices if matrix.fused}
     for tensor_name, tensor in load_file(folder / "model.safetensors").items():
+        if tensor_name in fused:
+            stored = kind if tensor.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Kind.F32
+            packed = gguf.quants.quantize(tensor.numpy(), stored)
+            writer.add_tensor(fused[tensor_name], packed, raw_dtype=stored)
+            continue
         values = tensor.numpy() + declared[tensor_name].less_one
         if ".experts." in tensor_name:
             stem, _, number = declared[tensor_name].gguf.rpartition(".")
@@ -115,7 +127,16 @@ MINISTRAL_ROPE = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "llama-bias", "qwen2", "qwen3_moe", "gemma3", "ministral3"])
+PHI_ROPE = {
+    "rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75, "attention_factor": 1.25,
+    "original_max_position_embeddings": 64, "short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 4.0],
+}  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module",
+    params=["llama", "qwen3", "llama-bias", "qwen2", "qwen3_moe", "gemma3", "ministral3", "phi3", "smollm3"],
+)
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
     kind, _, bias = request.param.partition("-")
     more = {
@@ -127,8 +148,10 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pa
             "tie_word_embeddings": True,
         },
         "ministral3": {"rope_parameters": MINISTRAL_ROPE},
+        "phi3": {"rope_parameters": PHI_ROPE, "original_max_position_embeddings": 64, "sliding_window": 100},
+        "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": True},
     }
-    changes = {} if kind in {"gemma3", "qwen2", "ministral3"} else {"attention_bias": bool(bias)}
+    changes = {"attention_bias": bool(bias)} if kind in {"llama", "qwen3", "qwen3_moe"} else {}
     return make_checkpoint(
         kind, **more.get(kind, {}), **changes, hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16
     )
@@ -150,8 +173,12 @@ def test_gguf_and_safetensors_hold_equal_tensors(checkpoint: pathlib.Path, tmp_p
     path = tmp_path / "model.gguf"
     export_gguf(checkpoint, path, kind)
     expected = read_all(checkpoint)
-    stored = load_file(checkpoint / "model.safetensors")
-    declared = read_config(checkpoint).tensors()
+    config, stored = read_config(checkpoint), load_file(checkpoint / "model.safetensors")
+    declared = config.tensors()
+    for matrix in (each for parameters in config.parameters() for each in parameters.values()):
+        if isinstance(matrix, Matrix) and matrix.fused and matrix.fused.name in stored:
+            parts = stored.pop(matrix.fused.name).split([tensor.shape[0] for tensor in matrix.tensors])
+            stored |= {tensor.name: part for tensor, part in zip(matrix.tensors, parts, strict=True)}
     assert without_eps(read_config(path)) == without_eps(read_config(checkpoint))
     for name, tensor in read_all(path).items():
         order = declared[name].order
