@@ -24,14 +24,15 @@ class DraftModel:
     """A :class:`~neuron.engine.speculation.Drafter`. ``page_tables`` ``[G, slots, P]`` are the target's."""
 
     def __init__(self, executor: Executor, page_tables: Int32Array, page_tokens: int, step_tokens: int) -> None:
-        self.executor = executor
+        self.executors = (executor,)
+        self._executor = executor
         self._page_tables = page_tables[:1]
         self._page_tokens = page_tokens
         self._step_tokens = step_tokens
         self._step_timer = StepTimer(page_tokens, step_tokens)
 
     def follow(self, step: Step) -> None:
-        """Compute the prompts of ``step``, which is about to begin, in the draft model's cache as well."""
+        """Compute the prompts of ``step``, which has been launched, in the draft model's cache as well."""
         prompts = step.sequences[step.num_decodes + step.num_drafting :]
         counts = step.num_tokens[step.num_decodes + step.num_drafting :]
         rows = [(s, s.num_drafted, s.num_computed + count) for s, count in zip(prompts, counts, strict=True)]
@@ -73,7 +74,7 @@ class DraftModel:
                 self._run([(s, s.num_drafted, min(s.num_tokens - 1, s.num_drafted + self._step_tokens))], sampled=False)
 
     def _run(self, rows: Rows, *, sampled: bool) -> StepOutcome:
-        outcome = self.executor.launch(self._plan(self._order(rows), sampled)).wait()
+        outcome = self._executor.launch(self._plan(self._order(rows), sampled)).wait()
         for s, _, end in rows:
             s.num_drafted = end
         return outcome

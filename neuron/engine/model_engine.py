@@ -1,9 +1,10 @@
-"""The step loop of one loaded model: admit, schedule, launch, settle.
+"""The step loop of one loaded model: admit, schedule, plan, launch, settle.
 
 It has one model's sequences and no access to the channel: it returns rows and failures, and the engine sends them.
 """
 
 import array
+import collections
 import dataclasses
 import logging
 import pathlib
@@ -23,15 +24,15 @@ from neuron.device.jobs import (
     TokenLogprobs,
     TokenRow,
 )
-from neuron.engine import multi_step
 from neuron.engine.constraint import Constraint, ConstraintError
 from neuron.engine.draft import DraftModel
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
-from neuron.engine.executor import Executor, InFlightStep
+from neuron.engine.executor import MAX_STEPS, Executor, InFlightStep, StepOutcome
+from neuron.engine.multi_step import MultiStep
 from neuron.engine.plan import StepPlan, build_plan
 from neuron.engine.scheduler import Limits, Scheduler, Step
-from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceStatus
-from neuron.engine.speculation import PromptLookup, Speculation
+from neuron.engine.sequence import Float32Array, Sequence, SequenceStatus
+from neuron.engine.speculation import MAX_DRAFTS, Drafter, PromptLookup, Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
@@ -56,7 +57,7 @@ class StepOutput:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Pending:
+class _Launched:
     """A launched step and its plan, until its outcome is settled."""
 
     step: Step
@@ -88,7 +89,8 @@ class ModelEngine:
         self.executor = executor
         self._path = path
         self._vocabulary: Vocabulary | None = None
-        self._pending: _Pending | None = None
+        self._launched: collections.deque[_Launched] = collections.deque()
+        """Steps in flight, in order."""
         self._clock = clock
         self._settled_s = 0.0
         self._step_timer = StepTimer(PAGE_TOKENS, plan.mixed_step_tokens)
@@ -106,8 +108,6 @@ class ModelEngine:
                 states=plan.states,
             )
         )
-        self.speculation: Speculation | None = None
-        self._draft: DraftModel | None = None
         if plan.states is not None:
             speculates = False  # a state cannot be cut back to the accepted tokens
             logger.info(
@@ -116,11 +116,13 @@ class ModelEngine:
                 plan.states.slot_bytes,
                 plan.states.num_slots,
             )
-        if speculates:
-            if draft is not None:
-                self._draft = DraftModel(draft, self.scheduler.cache.page_tables, PAGE_TOKENS, plan.step_tokens)
-            self.speculation = Speculation(self._draft or PromptLookup(), self._step_timer)
-        self._executors = (executor,) if self._draft is None else (executor, self._draft.executor)
+        drafter: Drafter = PromptLookup()
+        if speculates and draft is not None:
+            drafter = DraftModel(draft, self.scheduler.cache.page_tables, PAGE_TOKENS, plan.step_tokens)
+        self.speculation = Speculation(drafter, self._step_timer, MAX_DRAFTS if speculates else 0)
+        # A draft model needs every token as it comes.
+        self._multi_step = MultiStep(executor, self._step_timer, 1 if drafter.executors else MAX_STEPS)
+        self._executors = (executor, *drafter.executors)
         """Executors of the model and of its draft model."""
 
     @property
@@ -149,7 +151,7 @@ class ModelEngine:
     @property
     def busy(self) -> bool:
         """Return whether there is a step to run or to wait for."""
-        return self.scheduler.busy or self._pending is not None
+        return self.scheduler.busy or bool(self._launched)
 
     def step(self, *, alone: bool = True) -> StepOutput:
         """Admit, launch a step, and return the settled output of a step.
@@ -159,35 +161,13 @@ class ModelEngine:
         sequences that were in it.
         """
         output = StepOutput()
-        is_multi_step = alone and self._allows_multi_step()
-        before = self._pending
-        if is_multi_step and before is not None:
-            # A multi-step decode begins with settled tokens.
-            self._pending = None
-            self._settle(before, output)
+        is_multi_step = alone and self._multi_step.allows(self.scheduler.running.values())
+        if is_multi_step:
+            self._settle(output)  # it begins with tokens that the host knows
         self._admit(output)
-        launched = self._launch(output, is_multi_step)
-        before, self._pending = self._pending, launched
-        if not self.executor.overlaps or (launched is not None and launched.step.num_steps > 1):
-            before, self._pending = launched, None
-        if before is not None:
-            self._settle(before, output)
+        num_ahead = self._launch(self._schedule(is_multi_step), output)
+        self._settle(output, num_ahead)
         return output
-
-    def _allows_multi_step(self) -> bool:
-        """Return whether the next launch may be a multi-step decode."""
-        # A draft model needs every token as it comes.
-        if self.executor.max_steps == 1 or self._draft is not None:
-            return False
-        if not self.executor.overlaps:
-            return True
-        running = self.scheduler.running.values()
-        if not running or any(sequence.prefills for sequence in running):
-            return False
-        step_s = self._step_timer.step_s(len(running))
-        return multi_step.is_worth_it(step_s, self._step_timer.host_s) and multi_step.qualifies(
-            running, self.executor.sampler.draws_plainly
-        )
 
     def _admit(self, output: StepOutput) -> None:
         for sequence in self.scheduler.admit():
@@ -200,59 +180,66 @@ class ModelEngine:
             except Exception as error:  # noqa: BLE001 (any error is this request's)
                 self._fail([sequence], error, output)
 
-    def _launch(self, output: StepOutput, is_multi_step: bool) -> _Pending | None:
+    def _schedule(self, is_multi_step: bool) -> Step | None:
         step = self.scheduler.schedule(self._step_timer.mixed_step_tokens, self._propose)
-        if step is None:
-            return None
-        if is_multi_step:
-            plainly, reserve = self.executor.sampler.draws_plainly, self.scheduler.reserve
-            step_s = self._step_timer.step_s(step.num_decodes)
-            num_steps = multi_step.num_steps(step, step_s, self.executor.max_steps, plainly, reserve)
-            step = dataclasses.replace(step, num_steps=num_steps)
-        started_s = self._clock()
-        try:
-            plan = build_plan(step, self.scheduler.cache)
-            launched = self.executor.launch(plan)
-            if self._draft is not None:
-                self._draft.follow(step)
-        except Exception as error:  # noqa: BLE001 (any error is these requests')
-            self._fail(step.sequences, error, output)
-            return None
-        self.scheduler.begin(step)
-        return _Pending(step, plan, launched, started_s)
+        if step is not None and is_multi_step:
+            step = dataclasses.replace(step, num_steps=self._multi_step.num_steps(step, self.scheduler.reserve))
+        return step
 
     def _propose(self, decoding: list[Sequence]) -> None:
-        if self.speculation is None:
-            return
-        able = [
-            sequence
-            for sequence in decoding
-            if not sequence.num_awaited and self.executor.sampler.can_verify_drafts(sequence.slot)
-        ]
+        sampler = self.executor.sampler
+        able = [s for s in decoding if not s.num_awaited and sampler.can_verify_drafts(s.slot)]
         # A prompt may end in this step and then takes a row as well.
         num_rows = self.plan.sampled_rows - len(self.scheduler.running)
         self.speculation.propose(len(decoding), able, num_rows, self.scheduler.reserve)
 
-    def _settle(self, pending: _Pending, output: StepOutput) -> None:
-        """Wait for a step, and add its tokens, embeddings and failures to ``output``."""
-        step, plan = pending.step, pending.plan
+    def _launch(self, step: Step | None, output: StepOutput) -> int:
+        """Plan a step and queue it on the device; return the number of steps that stay in flight for the next one."""
+        if step is None:
+            return 0
+        started_s = self._clock()
+        try:
+            plan = build_plan(step, self.scheduler.cache)
+            in_flight = self.executor.launch(plan)
+            self.speculation.drafter.follow(step)
+        except Exception as error:  # noqa: BLE001 (any error is these requests')
+            self._fail(step.sequences, error, output)
+            return 0
+        self.scheduler.begin(step)
+        self._launched.append(_Launched(step, plan, in_flight, started_s))
+        return int(self.executor.overlaps and step.num_steps == 1)
+
+    def _settle(self, output: StepOutput, num_ahead: int = 0) -> None:
+        """Settle the steps in flight, but for the last ``num_ahead``."""
+        while len(self._launched) > num_ahead:
+            launched = self._launched.popleft()
+            try:
+                outcome = self._wait(launched)
+            except Exception as error:  # noqa: BLE001 (as above)
+                self._fail(launched.step.sequences, error, output)
+            else:
+                self._take(launched.step, launched.plan, outcome, output)
+
+    def _wait(self, launched: _Launched) -> StepOutcome:
+        """Wait for a step, and record the time that it took, and that of the host before it."""
         if self.executor.overlaps:
             # The time between two consecutive steps is the host's work: output, sending, planning. A pause is not.
             host_s = self._clock() - self._settled_s
             if host_s < MOST_HOST_S:
                 self._step_timer.record_host(host_s)
-        try:
-            outcome = pending.in_flight.wait()
-        except Exception as error:  # noqa: BLE001 (as above)
-            self._fail(step.sequences, error, output)
-            return
+        outcome = launched.in_flight.wait()
         now_s = self._clock()
-        num_generating = step.num_decodes + step.num_drafting
-        num_rows = int(plan.cu_seqlens[num_generating])
+        step, cu_seqlens = launched.step, launched.plan.cu_seqlens
+        num_rows = int(cu_seqlens[step.num_decodes + step.num_drafting])
         # A step launched ahead began when the one before it ended.
-        seconds = (now_s - max(pending.started_s, self._settled_s)) / (1 + len(outcome.later))
-        self._step_timer.record(num_rows, int(plan.cu_seqlens[-1]) - num_rows, seconds)
+        seconds = (now_s - max(launched.started_s, self._settled_s)) / (1 + len(outcome.later))
+        self._step_timer.record(num_rows, int(cu_seqlens[-1]) - num_rows, seconds)
         self._settled_s = now_s
+        return outcome
+
+    def _take(self, step: Step, plan: StepPlan, outcome: StepOutcome, output: StepOutput) -> None:
+        """Add the tokens, embeddings and failures of a step to ``output``."""
+        num_generating = step.num_decodes + step.num_drafting
         finite, ids = outcome.finite.tolist(), outcome.ids.tolist()
         later = outcome.later.T.tolist() if len(outcome.later) else []
         decodes_only = step.num_decodes == len(step.sequences)
@@ -288,23 +275,11 @@ class ModelEngine:
                         output.rows.append(TokenRow(sequence.number, b"", None, sequence.num_cached, None, scores))
                 else:
                     num_tokens = 1 if index < num_generating else num_tokens
-                    certain = sampled if later else self._certain(sequence, sampled)
+                    certain = sampled if later else self.speculation.verify(sequence, sampled)
                     logprobs = outcome.logprobs.get(first)
                     self._continue(sequence, num_tokens, end - first, certain, logprobs, output, scores)
             except Exception as error:  # noqa: BLE001 (any error is this sequence's)
                 self._fail([sequence], error, output)
-
-    def _certain(self, sequence: Sequence, sampled: list[int]) -> list[int]:
-        """Return the first of the tokens ``sampled`` in one step, and those behind accepted draft tokens."""
-        num_accepted = 0
-        if len(sampled) > 1:
-            drafts = sequence.drafts.tolist()
-            while num_accepted < len(drafts) and sampled[num_accepted] == drafts[num_accepted]:
-                num_accepted += 1
-            if self.speculation is not None:
-                self.speculation.learn(sequence, num_accepted)
-            sequence.drafts = NO_TOKENS
-        return sampled[: num_accepted + 1]
 
     def _continue(
         self,

@@ -10,12 +10,16 @@ the last place where the sequence has the same three tokens.
 """
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
+from neuron.engine.scheduler import Step
 from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
 from neuron.engine.step_timer import StepTimer
+
+if TYPE_CHECKING:
+    from neuron.engine.executor import Executor
 
 MAX_DRAFTS: Final = 8
 """Draft tokens of one sequence in one step."""
@@ -32,6 +36,13 @@ LEAST_GAIN: Final = 1.05
 class Drafter(Protocol):
     """A source of draft tokens."""
 
+    @property
+    def executors(self) -> tuple["Executor", ...]:
+        """Return the executors beside the model's own, whose samplers and caches know the same sequences."""
+
+    def follow(self, step: Step) -> None:
+        """Take note of a step that has been launched."""
+
     def available(self, sequences: list[Sequence], most: int) -> list[int]:
         """Return the number of draft tokens, up to ``most``, available for each of ``sequences``."""
 
@@ -45,8 +56,13 @@ class Drafter(Protocol):
 class PromptLookup:
     """Prompt lookup: proposes the continuation of an earlier occurrence, at no cost."""
 
+    executors: Final = ()
+
     def __init__(self) -> None:
         self._found: dict[int, Int32Array] = {}
+
+    def follow(self, step: Step) -> None:
+        """Do nothing: it reads the sequences alone."""
 
     def available(self, sequences: list[Sequence], most: int) -> list[int]:
         """See :class:`Drafter`."""
@@ -73,11 +89,15 @@ def lookup(tokens: Int32Array, count: int) -> Int32Array:
 
 
 class Speculation:
-    """Decides the number of draft tokens in a step, and learns from how many were accepted."""
+    """Decides the number of draft tokens in a step, and learns from how many were accepted.
 
-    def __init__(self, drafter: Drafter, step_timer: StepTimer) -> None:
-        self._drafter = drafter
+    A sequence gets at most ``max_drafts`` in a step; with 0 there is no speculation.
+    """
+
+    def __init__(self, drafter: Drafter, step_timer: StepTimer, max_drafts: int = MAX_DRAFTS) -> None:
+        self.drafter = drafter
         self._step_timer = step_timer
+        self._max_drafts = max_drafts
         self.num_proposed = self.num_accepted = 0
 
     def propose(
@@ -87,10 +107,10 @@ class Speculation:
 
         ``reserve`` reserves pages for so many tokens behind a sequence's next and returns how many there are.
         """
-        most = min(MAX_DRAFTS, num_rows // max(1, len(able)))
+        most = min(self._max_drafts, num_rows // max(1, len(able)))
         if not able or most < 1 or self._step_timer.step_s(num_decoding) is None:
             return
-        available = self._drafter.available(able, most)
+        available = self.drafter.available(able, most)
         depth = self._depth(num_decoding, able, available)
         if not depth:
             for sequence, count in zip(able, available, strict=True):
@@ -98,7 +118,7 @@ class Speculation:
                     sequence.acceptance_rate = min(1.0, sequence.acceptance_rate + ACCEPTANCE_RECOVERY)
             return
         counts = [reserve(sequence, min(depth, count)) for sequence, count in zip(able, available, strict=True)]
-        for sequence, drafts in zip(able, self._drafter.propose(able, counts), strict=True):
+        for sequence, drafts in zip(able, self.drafter.propose(able, counts), strict=True):
             sequence.drafts = drafts
 
     def _depth(self, num_decoding: int, able: list[Sequence], available: list[int]) -> int:
@@ -114,11 +134,22 @@ class Speculation:
                     num_rows += 1
             seconds = self._step_timer.step_s(num_rows)
             assert seconds is not None
-            seconds += self._drafter.cost_s(len(able), depth) if depth else 0.0
+            seconds += self.drafter.cost_s(len(able), depth) if depth else 0.0
             rate = gain / seconds
             if rate > (best if found else best * LEAST_GAIN):
                 best, found = rate, depth
         return found
+
+    def verify(self, sequence: Sequence, sampled: list[int]) -> list[int]:
+        """Return the first of the tokens ``sampled`` in a step, and those behind accepted draft tokens."""
+        if len(sampled) == 1:
+            return sampled
+        drafts, num_accepted = sequence.drafts.tolist(), 0
+        while num_accepted < len(drafts) and sampled[num_accepted] == drafts[num_accepted]:
+            num_accepted += 1
+        self.learn(sequence, num_accepted)
+        sequence.drafts = NO_TOKENS
+        return sampled[: num_accepted + 1]
 
     def learn(self, sequence: Sequence, num_accepted: int) -> None:
         """Record that the first ``num_accepted`` of a sequence's draft tokens were accepted."""

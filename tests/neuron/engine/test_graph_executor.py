@@ -20,6 +20,7 @@ from neuron.device import jobs
 from neuron.device.driver import DeviceFault, DriverError
 from neuron.engine import multi_step
 from neuron.engine.graph_executor import GraphExecutor, buckets
+from neuron.engine.multi_step import MultiStep
 from neuron.engine.speculation import Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.models import prebuild
@@ -192,7 +193,7 @@ def test_multi_step_samples_the_tokens_of_single_steps(
     assert (10, 10) in graphs.replays
     stopped = ask_some_to_stop(driver, plain)
     with monkeypatch.context() as without:
-        without.setattr(multi_step, "num_steps", lambda *_: 1)
+        without.setattr(MultiStep, "num_steps", lambda *_: 1)
         seen = len(graphs.replays)
         assert ask(driver, 40, 4, temperature=1.0) == plain
         assert ask_some_to_stop(driver, plain) == stopped

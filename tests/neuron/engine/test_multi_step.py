@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.device.jobs import SamplerSettings, SequenceEnd
 from neuron.engine import multi_step
-from neuron.engine.multi_step import MULTI_STEP_S, num_steps
+from neuron.engine.multi_step import MULTI_STEP_S, MultiStep
 from neuron.engine.scheduler import Step
 from neuron.engine.sequence import Sequence
 from neuron.engine.step_timer import StepTimer
@@ -150,7 +151,10 @@ def step_of(sequences: list[Sequence]) -> Step:
 
 
 def bounded(step: Step, step_s: float | None = MULTI_STEP_S / 6, reserved: int = 99, *, plainly: bool = True) -> int:
-    return num_steps(step, step_s, 1000, lambda _: np.array([plainly]), lambda _, count: min(count, reserved))
+    sampler = types.SimpleNamespace(draws_plainly=lambda _: np.array([plainly]))
+    executor: Any = types.SimpleNamespace(max_steps=1000, sampler=sampler)
+    step_timer: Any = types.SimpleNamespace(step_s=lambda _: step_s)
+    return MultiStep(executor, step_timer, 1000).num_steps(step, lambda _, count: min(count, reserved))
 
 
 def test_the_bounds_of_multi_step() -> None:
