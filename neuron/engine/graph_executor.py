@@ -155,7 +155,7 @@ class GraphExecutor:
             forward.operations.begin_step(state)
             bucket.logits = forward.logits(forward.hidden(state.token_ids, batches, caches.layers))
             if self._samples:
-                ids, _ = forward.operations.sample(bucket.logits, inputs.rows)
+                ids = forward.operations.sample(bucket.logits, inputs.rows)
                 forward.operations.end_step(state, ids, PAGE_TOKENS)
 
         bucket.graph = self._graphs.capture(step)

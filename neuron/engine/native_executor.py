@@ -1,10 +1,11 @@
 """Execute a plan on the CPU kernels: a step or a multi-step decode in one native call.
 
-Rows that draw plainly end as token ids, others as logits for the sampler, as on any device. A row's draw never depends
-on the others.
+Rows that draw plainly end as token ids, others as logits, which the sampler changes before the same kernel draws. A
+row's draw never depends on the others.
 """
 
 import functools
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,12 +16,17 @@ from neuron.device.probe import usable_cores
 from neuron.engine.cache_memory import NativeCaches
 from neuron.engine.executor import MAX_STEPS, HostStep, StepOutcome
 from neuron.engine.plan import StepPlan
-from neuron.engine.sampler import Draws, Sampler
+from neuron.engine.sampler import Draw, Draws, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.models import packed
 from neuron.models.model import ModelConfig
 from neuron.models.packed_weights import PackedWeights, huge_pages, make_model
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
+from neuron.triton_kernels.sampling import NON_FINITE, SamplingRows, changed_logits
+
+FORBIDDEN: Final = -3e38
+"""Logit of a token that may not be drawn."""
+SEED_BITS: Final = (1 << 64) - 1
 
 
 @functools.cache
@@ -41,14 +47,15 @@ class NativeExecutor:
         """``channel_fd`` is readable when the daemon waits: a multi-step decode is cut short then."""
         self.config = config
         self.weights = weights
-        self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"))
+        level = packed.checked_level(level)
+        self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"), draw_natively(level))
         self._channel_fd = channel_fd
         self._sampled_rows = plan.sampled_rows
         self._model = make_model(
             config,
             weights,
             shared_pool(),
-            packed.checked_level(level),
+            level,
             dtype=plan.dtype,
             kv_dtype=plan.kv_dtype,
             rows=max(plan.step_tokens, plan.sampled_rows + PAGE_TOKENS),
@@ -127,3 +134,36 @@ class NativeExecutor:
 
     def close(self) -> None:
         """Do nothing: it holds memory alone."""
+
+
+def draw_natively(level: str) -> Draw:
+    """Return :func:`~neuron.triton_kernels.sampling.sample` by the kernel of a dispatch level."""
+
+    def draw(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+        num_rows, vocab_size = logits.shape
+        x = torch.empty((num_rows, packed.padded(vocab_size)))
+        changed = x[:, :vocab_size]
+        # The kernel takes an infinity for a fault.
+        torch.clamp(changed_logits(logits, rows), min=FORBIDDEN, out=changed)
+        is_sound = logits.sum(-1).isfinite() & (changed.amax(-1) > FORBIDDEN)
+        ids = torch.full((num_rows,), NON_FINITE, dtype=torch.int32)
+        scratch = np.empty(x.shape[1], np.float32)
+        fields = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seeds, rows.counters)
+        settings = [field.tolist() for field in fields]
+        for row in is_sound.nonzero()[:, 0].tolist():
+            temperature, top_k, top_p, min_p, seed, counter = (each[row] for each in settings)
+            ids[row] = native.draw(
+                level,
+                x[row].numpy(),
+                vocab_size,
+                scratch,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                uniform=native.uniform(seed & SEED_BITS, counter),
+            )
+        rows.count(ids)
+        return ids
+
+    return draw

@@ -28,7 +28,7 @@ BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
 
-Draw = Callable[[torch.Tensor, SamplingRows], tuple[torch.Tensor, torch.Tensor]]
+Draw = Callable[[torch.Tensor, SamplingRows], torch.Tensor]
 
 NO_TOKENS: Final[Int32Array] = np.empty(0, np.int32)
 
@@ -163,7 +163,7 @@ class Sampler:
         ``slots`` and ``num_output`` ``[R]`` are each row's slot and its generated tokens. Several rows may be of one
         sequence if it has neither penalties nor a grammar. Sets ``report``.
         """
-        ids, _ = self._draw(logits, self._rows(slots, num_output))
+        ids = self._draw(logits, self._rows(slots, num_output))
         self.report = self._report(logits, ids, slots)
         return ids
 

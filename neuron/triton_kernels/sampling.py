@@ -22,8 +22,7 @@ Weights are float32. Their sums are float64 in eager torch and in ``neuron/cpu_k
 kernel, where the border between two tokens may be off by 1e-6 of the total. ``tests/neuron/triton_kernels/draws.json``
 has numbers and tokens that all of them give.
 
-A row with a NaN or an infinity among its logits, or with no token allowed, gets NON_FINITE. The log-probability of the
-chosen token is that of the model's own distribution, before any of the above.
+A row with a NaN or an infinity among its logits, or with no token allowed, gets NON_FINITE.
 """
 
 import dataclasses
@@ -81,6 +80,12 @@ class SamplingRows:
         fields = (self.temperature, self.top_k, self.top_p, self.min_p, self.seeds, self.counters)
         return SamplingRows(*(field[chosen] for field in fields))
 
+    def count(self, ids: torch.Tensor) -> None:
+        """Count the drawn ``ids`` ``[R]``, but for NON_FINITE, among the generated tokens, where they are counted."""
+        if self.counts is not None and self.slots is not None:
+            drawn = (ids >= 0).int()
+            self.counts.index_put_((self.slots.long(), ids.clamp(min=0).long()), drawn, accumulate=True)
+
 
 def like(
     num_rows: int, vocab_size: int, num_slots: int, changes: bool, make: Callable[..., torch.Tensor]
@@ -130,9 +135,9 @@ def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
 
 
 @Operation
-def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a token id int32 ``[R]`` and its log-probability float32 ``[R]`` for each row of ``logits`` ``[R, V]``."""
-    x = _changed(logits, rows)
+def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Return a token id int32 ``[R]`` for each row of ``logits`` ``[R, V]``."""
+    x = changed_logits(logits, rows)
     # A tenth of the time of isfinite().all(), and a third of that of argmax().
     finite = logits.sum(-1).isfinite()
     top, ids = x.max(-1)
@@ -143,28 +148,29 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torc
         chosen = which.nonzero()[:, 0]
         if len(chosen):
             ids[chosen] = draw(x if len(chosen) == len(x) else x[chosen], top[chosen, None], rows.plain(chosen))
-    logprobs = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-    if rows.counts is not None and rows.slots is not None:
-        rows.counts.index_put_((rows.slots.long(), ids), finite.int(), accumulate=True)
-    return ids.int().masked_fill_(~finite, NON_FINITE), logprobs.masked_fill_(~finite, torch.nan)
+    ids = ids.int().masked_fill_(~finite, NON_FINITE)
+    rows.count(ids)
+    return ids
 
 
-def _changed(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+def changed_logits(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """Return ``logits`` with penalties, bias and mask, a copy if there are any."""
     if rows.penalties is None and rows.bias_tokens is None and rows.allowed is None:
         return logits
     changed = logits.clone()
+    # A row at a time, and of it only the tokens that change: passes over all rows take several times as long.
     if rows.penalties is not None and rows.slots is not None and rows.counts is not None and rows.in_prompt is not None:
-        which = (rows.penalties != rows.penalties.new_tensor((1, 0, 0))).any(-1).nonzero()[:, 0]
-        x, slots = changed[which], rows.slots[which].long()
-        repetition, presence, frequency = rows.penalties[which, :, None].unbind(1)
-        counts = rows.counts[slots]
-        seen = (counts > 0) | rows.in_prompt[slots]
-        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
-        changed[which] = x - (frequency * counts + presence * (counts > 0))
+        for row in (rows.penalties != rows.penalties.new_tensor((1, 0, 0))).any(-1).nonzero()[:, 0].tolist():
+            counts, (repetition, presence, frequency) = rows.counts[rows.slots[row]], rows.penalties[row]
+            seen = ((counts > 0) | rows.in_prompt[rows.slots[row]]).nonzero()[:, 0]
+            x, times = changed[row, seen], counts[seen]
+            x = torch.where(x > 0, x / repetition, x * repetition)
+            changed[row, seen] = x - (frequency * times + presence * (times > 0))
     if rows.bias_tokens is not None and rows.bias_values is not None:
-        values = rows.bias_values.masked_fill(rows.bias_tokens < 0, 0)
-        changed.scatter_add_(-1, rows.bias_tokens.clamp(min=0).long(), values)
+        for row in (rows.bias_tokens[:, 0] >= 0).nonzero()[:, 0].tolist():
+            tokens = rows.bias_tokens[row]
+            num_tokens = int((tokens >= 0).sum())
+            changed[row].index_add_(0, tokens[:num_tokens], rows.bias_values[row, :num_tokens])
     if rows.allowed is not None:
         octets = rows.allowed.view(torch.uint8).int()
         for row in (rows.allowed != -1).any(-1).nonzero()[:, 0].tolist():
@@ -221,11 +227,10 @@ def _draw_cut(x: torch.Tensor, top: torch.Tensor, rows: SamplingRows) -> torch.T
 
 
 @sample.launcher
-def _launch(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
+def _launch(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     num_rows, vocab_size = logits.shape
     device = logits.device
     ids = torch.empty(num_rows, dtype=torch.int32, device=device)
-    logprobs = torch.empty(num_rows, dtype=torch.float32, device=device)
     changed = any(x is not None for x in (rows.penalties, rows.bias_tokens, rows.allowed))
     block = max(min(power_of_two(vocab_size), 2048), RUN.value)
     parts = cdiv(vocab_size, block)
@@ -237,7 +242,6 @@ def _launch(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, tor
         logits=logits,
         work=torch.empty_like(logits) if changed else None,
         ids=ids,
-        logprobs=logprobs,
         maxima=torch.empty((num_rows, num_runs), dtype=torch.float32, device=device),
         runs=torch.empty((num_rows, num_runs), dtype=torch.int32, device=device),
         found=torch.empty((num_rows, NUM_FOUND.value, parts), dtype=torch.float32, device=device),
@@ -251,7 +255,7 @@ def _launch(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, tor
         # Unbounded, ptxas of Triton 3.6 takes 80 and spills on sm_100.
         max_registers=128,
     )
-    return ids, logprobs
+    return ids
 
 
 def random_rows(num_rows: int, vocab_size: int, device: torch.device, *, everything: bool) -> SamplingRows:

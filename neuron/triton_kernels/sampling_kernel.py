@@ -14,7 +14,7 @@ from neuron.triton_kernels._triton import tl, triton
 
 RUN = tl.constexpr(32)
 """Number of logits whose greatest is stored: a cache line."""
-NUM_FOUND = tl.constexpr(6)
+NUM_FOUND = tl.constexpr(4)
 """Number of results that each program stores."""
 
 
@@ -185,7 +185,6 @@ def sample_kernel(
     bias_values,
     allowed,
     ids,
-    logprobs,
     maxima,
     runs,
     found,
@@ -223,14 +222,10 @@ def sample_kernel(
         presence = tl.load(penalties + row * 3 + 1)
         frequency = tl.load(penalties + row * 3 + 2)
 
-    # The model's own distribution, and the changed logits.
     v = part * BLOCK + tl.arange(0, BLOCK)
     inside = v < V
     value = tl.load(raw_logits + v, mask=inside, other=0.0)
     sound = tl.sum(value - value, 0)  # NaN where not finite
-    raw = tl.where(inside, value, float("-inf"))
-    peak = tl.max(raw, 0)
-    mass = tl.sum(tl.exp(raw - tl.where(peak == float("-inf"), 0.0, peak)), 0)
     if penalties is not None:
         times = tl.load(counts + slot * V + v, mask=inside, other=0)
         seen = (times > 0) | (tl.load(in_prompt + slot * V + v, mask=inside, other=0) != 0)
@@ -261,12 +256,10 @@ def sample_kernel(
     run = part * (BLOCK // RUN) + tl.arange(0, BLOCK // RUN)
     tl.store(maxima + run, tl.max(tl.reshape(value, [BLOCK // RUN, RUN]), 1))
     at = found + part
-    tl.store(at, peak)
-    tl.store(at + num_parts, mass)
-    tl.store(at + 2 * num_parts, sound)
-    tl.store(at + 3 * num_parts, most)
-    tl.store(at + 4 * num_parts, sharpened)
-    tl.store(at + 5 * num_parts, chosen.to(tl.float32))  # whole to 2^24
+    tl.store(at, sound)
+    tl.store(at + num_parts, most)
+    tl.store(at + 2 * num_parts, sharpened)
+    tl.store(at + 3 * num_parts, chosen.to(tl.float32))  # whole to 2^24
     tl.debug_barrier()
     if tl.atomic_add(arrived + row, 1, sem="acq_rel") < num_parts - 1:
         return
@@ -276,14 +269,10 @@ def sample_kernel(
     i = tl.arange(0, BLOCK_PARTS)
     there = i < num_parts
     at = found + i
-    peaks = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
-    masses = tl.load(at + num_parts, mask=there, other=0.0, cache_modifier=".cg")
-    sounds = tl.load(at + 2 * num_parts, mask=there, other=0.0, cache_modifier=".cg")
-    mosts = tl.load(at + 3 * num_parts, mask=there, other=float("-inf"), cache_modifier=".cg")
-    sharpeneds = tl.load(at + 4 * num_parts, mask=there, other=0.0, cache_modifier=".cg")
-    chosens = tl.load(at + 5 * num_parts, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32)
-    whole = tl.max(peaks, 0)
-    log_mass = whole + tl.log(tl.sum(masses * tl.exp(peaks - whole), 0))
+    sounds = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+    mosts = tl.load(at + num_parts, mask=there, other=float("-inf"), cache_modifier=".cg")
+    sharpeneds = tl.load(at + 2 * num_parts, mask=there, other=0.0, cache_modifier=".cg")
+    chosens = tl.load(at + 3 * num_parts, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32)
     top = tl.max(mosts, 0)
     finite = (tl.sum(sounds, 0) == 0.0) & (top > float("-inf"))
     token = tl.min(tl.where(there & (mosts == top), chosens, V), 0)
@@ -332,8 +321,6 @@ def sample_kernel(
         tl.debug_barrier()
         token = _invert(x, V, runs, BLOCK // RUN, top, sharpness, level, target - before, BLOCK)
     token = tl.where(finite & (token < V), token, 0)
-    token_logit = tl.load(raw_logits + token)
-    tl.store(logprobs + row, tl.where(finite, token_logit - log_mass, float("nan")))
     tl.store(ids + row, tl.where(finite, token, -1))
     if penalties is not None:
         if finite:

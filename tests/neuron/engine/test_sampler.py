@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from cortex.wire.errors import InvalidRequestError
+from neuron.cpu_kernels import native
 from neuron.device.jobs import SamplerSettings
-from neuron.engine.sampler import Sampler, check_settings
+from neuron.engine.native_executor import draw_natively
+from neuron.engine.sampler import Draw, Sampler, check_settings
+from neuron.triton_kernels.operations import EAGER
 from neuron.triton_kernels.sampling import NON_FINITE, NUM_CANDIDATES, uniform
 
 DRAWS = 20_000
@@ -184,8 +187,9 @@ def test_penalties_and_bias_follow_their_formulas() -> None:
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 3}, {"presence_penalty": 1.0}]
 )
-def test_a_bad_row_is_reported_and_its_neighbours_go_on(bad: float, settings: dict[str, Any]) -> None:
-    sampler = Sampler(3, 600, CPU)
+@pytest.mark.parametrize("by", [EAGER.sample, draw_natively(native.levels()[0])], ids=["eager", "native"])
+def test_a_bad_row_is_reported_and_its_neighbours_go_on(bad: float, settings: dict[str, Any], by: Draw) -> None:
+    sampler = Sampler(3, 600, CPU, by)
     for slot in range(3):
         sampler.admit(slot, SamplerSettings(**settings), np.zeros(1, np.int32))
     logits = torch.randn(3, 600)

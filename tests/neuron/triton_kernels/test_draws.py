@@ -17,8 +17,8 @@ import torch
 
 from neuron.cpu_kernels import native
 from neuron.device.jobs import SamplerSettings
+from neuron.engine.native_executor import draw_natively
 from neuron.engine.sampler import Draw, Sampler
-from neuron.models.packed import padded
 from neuron.triton_kernels.operations import EAGER
 from neuron.triton_kernels.sampling import uniform
 
@@ -140,14 +140,8 @@ def test_tokens_in_torch() -> None:
 
 @pytest.mark.parametrize("level", native.levels())
 def test_tokens_in_c(level: str) -> None:
-    for each in table()["draws"]:
-        if {"logit_bias", "allowed"}.isdisjoint(each["settings"]):
-            size = each["logits"][0]
-            row = np.zeros(padded(size), np.float32)
-            row[:size] = row_of(*each["logits"])
-            number = native.uniform(each["seed"], each["counter"])
-            token = native.draw(level, row, size, np.zeros_like(row), uniform=number, **each["settings"])
-            assert token == each["token"], each
+    draws = table()["draws"]
+    assert tokens(draws, draw_natively(level)) == [each["token"] for each in draws]
 
 
 def test_tokens_in_triton() -> None:
