@@ -208,11 +208,6 @@ class Cache:
             window.extend(sequence.slot, self.num_pages(sequence.num_computed + count))
         return count
 
-    def begin(self, sequence: Sequence) -> None:
-        """Record that a step of a sequence has been launched."""
-        if self.states is not None:
-            self.states.begin(sequence.slot)
-
     def publish(self, sequence: Sequence, index: int) -> None:
         """Let page ``index`` of a sequence, which is settled, be found under its key."""
         key = sequence.keys[index]

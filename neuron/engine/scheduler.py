@@ -294,9 +294,10 @@ class Scheduler:
 
     def begin(self, step: Step) -> None:
         """Record that ``step`` has been launched; its plan was built before."""
+        if self.cache.states is not None:
+            self.cache.states.begin(sequence.slot for sequence in step.sequences)
         row = 0
         for index, (sequence, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
-            self.cache.begin(sequence)
             if index < step.num_decodes + step.num_drafting:
                 # The cache entries of its draft tokens count once these are accepted.
                 sequence.num_computed += 1

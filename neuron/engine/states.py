@@ -11,7 +11,7 @@ the least recently used ones make room for both. A sequence's first step begins 
 zeros, whatever the slot held. No torch here: the plan carries what is to be copied.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Final
 
 import numpy as np
@@ -108,11 +108,12 @@ class States:
             found += [(int(self.slots[slot]), to) for end, to in self._unsettled[slot] if end == length]
         return _copies(found)
 
-    def begin(self, slot: int) -> None:
-        """Record that a step of a sequence has been launched."""
-        source = self._sources.pop(slot, ZEROS)
-        if source != ZEROS:
-            self.pool.release(np.array([source], np.int32))
+    def begin(self, slots: Iterable[int]) -> None:
+        """Record that a step of the sequences in these slots of the batch has been launched."""
+        for slot in slots:
+            source = self._sources.pop(slot, ZEROS)
+            if source != ZEROS:
+                self.pool.release(np.array([source], np.int32))
 
     def publish(self, slot: int, index: int, key: bytes) -> None:
         """Let a sequence's checkpoint behind page ``index``, if it has one, be found under ``key``."""
@@ -130,7 +131,7 @@ class States:
 
     def remove(self, slot: int) -> None:
         """Release all that a sequence has."""
-        self.begin(slot)
+        self.begin([slot])
         self.pool.release(self.unsettled(slot))
         del self._unsettled[slot]
         self.slots[slot] = 0

@@ -127,9 +127,11 @@ class StepInputs:
         }
         names = ("token_ids", "positions", "context_lens", "counters", "ended", "stops")
         tables = there["page_tables"][:, : num_rows * num_columns]
+        padding_slots = padding_pages * np.int64(PAGE_TOKENS)
         self.state = DecodeState(
             **{name: there[name] for name in names},
             slot_mappings=there["slot_mappings"][:, :num_rows],
+            padding_slots=torch.from_numpy(padding_slots).to(device),
             page_tables=tables.view(num_tables, num_rows, num_columns),
             last=published.last,
             place=there["place"],
@@ -149,7 +151,7 @@ class StepInputs:
         self._padding: dict[str, Any] = {
             **dict.fromkeys(("token_ids", "positions", "state_slots"), 0),
             **dict.fromkeys(("context_lens", "ended"), 1),
-            "slot_mappings": padding_pages[:, None] * np.int64(PAGE_TOKENS),
+            "slot_mappings": padding_slots[:, None],
         }
         self._padding_pages = padding_pages[:, None]
         # For the run in which it is captured, no row has a sequence.

@@ -1,6 +1,7 @@
 """State of a decode step on the device, such that launching the step again is the next step.
 
-Rows that have ended do not change: they compute the same result again, and write it to the same place.
+Rows that have ended do not change, and publish their last token again. They are computed again, with states of layers
+that move on; what they write goes where rows without a sequence write.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ MAX_STOPS: Final = 8
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeState:
-    """State of B rows, on the device but for two arrays that the host reads. All int32 but for ``slot_mappings``."""
+    """State of B rows, on the device but for two arrays that the host reads. All int32 but for the slots."""
 
     token_ids: torch.Tensor
     """``[B]``; a negative id, -1 - i, stands for ``last[i]``."""
@@ -23,6 +24,8 @@ class DecodeState:
     """``[B]``"""
     slot_mappings: torch.Tensor
     """``[G, B]`` int64: slot of the token's key and value, in the pages of each table."""
+    padding_slots: torch.Tensor
+    """``[G]`` int64: slot in the pages of each table for rows that have ended."""
     context_lens: torch.Tensor
     """``[B]``: tokens in the cache, this step's included."""
     counters: torch.Tensor
@@ -50,6 +53,7 @@ def like(num_rows: int, num_pages: int, most: int, make: Callable[..., torch.Ten
         token_ids=make(num_rows, dtype=i32),
         positions=make(num_rows, dtype=i32),
         slot_mappings=make(1, num_rows, dtype=torch.int64),
+        padding_slots=make(1, dtype=torch.int64),
         context_lens=make(num_rows, dtype=i32),
         counters=make(num_rows, dtype=i32),
         ended=make(num_rows, dtype=i32),

@@ -3,6 +3,7 @@
     begin:  token[b] = last[-1 - token[b]]  where token[b] < 0
     end:    published[place, b] = last[b] = ended[b] ? last[b] : ids[b];  ended[b] |= last[b] in stops[b];  place += 1
             where not ended[b]:  token[b] = last[b];  position, context and counter += 1;  slots of the position
+            where ended[b]:  padding slots
             all_ended = all(ended)
 
 Results go to pinned host memory, and the host waits for the words that it reads: each token is a word of its own, so
@@ -68,7 +69,7 @@ def end_step(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
     inside = page < state.page_tables.shape[2]
     first = state.page_tables[:, torch.arange(num_rows, device=page.device), torch.where(inside, page, 0).long()]
     slots = torch.where(inside, first, 0).long() * page_tokens + state.positions % page_tokens
-    state.slot_mappings.copy_(torch.where(ended, state.slot_mappings, slots))
+    state.slot_mappings.copy_(torch.where(ended, state.padding_slots[:, None], slots))
 
 
 @triton.jit(do_not_specialize=["B", "G", "columns", "row_stride", "table_stride", "mapping_stride", "published_stride"])
@@ -77,6 +78,7 @@ def _end_kernel(
     token_ids,
     positions,
     slot_mappings,
+    padding_slots,
     context_lens,
     counters,
     ended,
@@ -118,9 +120,10 @@ def _end_kernel(
     page = position // PAGE
     pages = page_tables + row.to(tl.int64) * row_stride + page
     slots = slot_mappings + row
-    for _ in tl.range(0, G):
+    for table in tl.range(0, G):
         first = tl.load(pages, mask=on & (page < columns), other=0)
-        tl.store(slots, first.to(tl.int64) * PAGE + position % PAGE, mask=on)
+        slot = tl.where(on, first.to(tl.int64) * PAGE + position % PAGE, tl.load(padding_slots + table))
+        tl.store(slots, slot, mask=inside)
         pages += table_stride
         slots += mapping_stride
     tl.store(token_ids + row, token, mask=on)
@@ -162,6 +165,7 @@ def _random_state(num_rows: int, device: torch.device, *, num_pages: int = 3, pa
         token_ids=whole(num_rows, low=-num_rows, high=50),
         positions=positions,
         slot_mappings=whole(2, num_rows, dtype=torch.int64),
+        padding_slots=whole(2, low=90, high=99, dtype=torch.int64),
         context_lens=positions + 1,
         counters=whole(num_rows),
         ended=whole(num_rows, high=4) // 3,

@@ -21,13 +21,16 @@ from neuron.engine import scheduler as scheduler_module
 from neuron.engine.cache_memory import LayerCaches
 from neuron.engine.loading import load_model
 from neuron.engine.model_engine import ModelEngine
+from neuron.engine.prefix import extend_keys
 from neuron.engine.sequence import Sequence
 from neuron.engine.step_timer import StepTimer
 from neuron.engine.tensor_parallel import Follower
 from neuron.models import packed, sizing
 from neuron.models.config import read_config
 from neuron.models.registry import FAMILIES
+from neuron.models.sizing import PAGE_TOKENS
 from neuron.triton_kernels import dispatch
+from neuron.triton_kernels.batch import KeyValueCache
 
 TEXT = [1 + 7 * i % 60 + i % 3 for i in range(300)]
 PROMPT = TEXT[:150]
@@ -116,9 +119,9 @@ def alone(load: Callable[..., Any], prompts: list[list[int]], max_tokens: int = 
     return [ask(driver, [prompt], max_tokens)[0] for prompt in prompts]
 
 
-def states(driver: Any) -> torch.Tensor:
+def caches(driver: Any) -> LayerCaches:
     executor = driver.model().executor
-    found: torch.Tensor = getattr(executor, "_eager", executor).caches._states
+    found: LayerCaches = getattr(executor, "_eager", executor).caches
     return found
 
 
@@ -211,6 +214,33 @@ def test_multi_step_decodes_leave_states_of_other_rows_alone(
     assert found == {0: expected[0][0], 1: expected[1][0][:stop], 2: expected[2][0]}
 
 
+def test_a_row_that_has_ended_writes_nothing_more_to_its_pages(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is computed again with a state that has moved on, in a multi-step decode that goes on for another row."""
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: multi_step.MULTI_STEP_S / 10.5)
+    # The first token of the output is the last of a page, and the stop follows.
+    prompts = [TEXT[:47], TEXT[5:30]]
+    (ids, _), _ = alone(load, prompts)
+
+    def published(is_worth_it: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: is_worth_it)
+        driver = load()
+        driver.output_alone(TEXT[200:210], 12)  # captures the graphs
+        driver.generate(0, prompts[0], 12, eos=(ids[1],))
+        driver.generate(1, prompts[1], 12)
+        driver.run()
+        assert driver.outputs()[0] == ids[:1]
+        keys: list[bytes] = []
+        extend_keys(keys, np.array([*prompts[0], ids[0]], np.int32), 3, PAGE_TOKENS)
+        pages = torch.from_numpy(driver.model().scheduler.cache.pool.find(keys))
+        assert len(pages) == 3
+        return [tensor[pages] for each in caches(driver).layers if isinstance(each, KeyValueCache) for tensor in each]
+
+    for found, expected in zip(published(True), published(False), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_nan_reaches_no_later_sequence(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by its slot nor by a checkpoint; sequences beside it go on."""
     bad = [*TEXT[:30], 63, *TEXT[31:140]]
@@ -218,8 +248,7 @@ def test_a_nan_reaches_no_later_sequence(load: Callable[..., Any], monkeypatch: 
     expected = alone(load, [PROMPT, TEXT[9:90]])
     driver = load(64)
     executor = driver.model().executor
-    eager = getattr(executor, "_eager", executor)
-    embedding = eager.forward.weights.embedding["table"].weight
+    embedding = getattr(executor, "_eager", executor).forward.weights.embedding["table"].weight
     assert 63 not in PROMPT
     sound = embedding[63].clone()
     embedding[63] = torch.nan
@@ -231,7 +260,7 @@ def test_a_nan_reaches_no_later_sequence(load: Callable[..., Any], monkeypatch: 
     driver.sent = [sent for sent in driver.sent if not isinstance(sent, jobs.SequenceFailed)]
     check([outcomes(driver)[7]], expected[1:])
     slots = driver.model().plan.states.num_slots
-    for layer in eager.caches.layers:
+    for layer in caches(driver).layers:
         for tensor in layer or ():
             assert tensor[1:-1].isfinite().all()
     # As many at once as there are slots: each begins in one that was used before.
@@ -267,8 +296,10 @@ def test_such_a_model_has_no_native_step_and_no_drafts(folder: pathlib.Path, har
     assert driver.model().speculation.num_proposed == 0
     # 3 x 72 elements in bfloat16, on 64 bytes, and 3 x 8 x 8 in float32, in each of two layers.
     assert plan.states.slot_bytes == 2 * (448 + 768)
-    assert states(driver).nbytes == plan.states.total_bytes
-    inputs, recurrent = driver.model().executor.caches.layers[1]
+    held = caches(driver)._states
+    assert held is not None
+    assert held.nbytes == plan.states.total_bytes
+    inputs, recurrent = caches(driver).layers[1] or ()
     assert (inputs.dtype, inputs.shape) == (torch.bfloat16, (1 + plan.states.num_slots, 3, 72))
     assert (recurrent.dtype, recurrent.shape) == (torch.float32, (1 + plan.states.num_slots, 3, 8, 8))
     answer = harness().load(folder, draft=str(folder))

@@ -364,19 +364,19 @@ TestSteps = Steps.TestCase
 
 
 @pytest.mark.parametrize(
-    ("overlaps", "drafts", "has_states"),
-    [(False, True, False), (True, True, False), (False, False, True), (True, False, True)],
+    ("overlaps", "drafts", "has_states", "count"),
+    [(False, True, False, 2000), (True, True, False, 2000), (False, False, True, 800), (True, False, True, 800)],
 )
-def test_two_thousand_sequences_in_a_cache_that_is_too_small(
-    overlaps: bool, drafts: bool, has_states: bool, monkeypatch: pytest.MonkeyPatch
+def test_thousands_of_sequences_in_a_cache_that_is_too_small(
+    overlaps: bool, drafts: bool, has_states: bool, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Preempt, draft, decode multi-step, cancel and fault at random: every sequence gets its own tokens or an error."""
     monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 0)
     machine = Steps()
     machine.start(overlaps, drafts, True, 5, 4, has_states)
     random = machine.random
-    while machine.number < 2000 or machine.model.busy:
-        for _ in range(int(random.integers(0, 3)) if machine.number < 2000 else 0):
+    while machine.number < count or machine.model.busy:
+        for _ in range(int(random.integers(0, 3)) if machine.number < count else 0):
             pooling = Pooling.MEAN if random.random() < 0.1 else None
             machine.arrive(
                 int(random.integers(1, 60)), int(random.integers(1, 120)), int(random.integers(0, 9)), pooling
@@ -389,12 +389,12 @@ def test_two_thousand_sequences_in_a_cache_that_is_too_small(
         if machine.model.busy:
             machine.take(machine.model.step())
     machine.teardown()
-    assert machine.model.scheduler.num_preemptions > 30
+    assert machine.model.scheduler.num_preemptions > count // 80
     if drafts:
         assert machine.model.speculation.num_accepted > 200
     assert (max(machine.device.num_steps) > 1) == (not overlaps)
-    assert machine.num_finished > 500
-    assert machine.num_failed > 20
+    assert machine.num_finished > count // 4
+    assert machine.num_failed > count // 100
 
 
 def driver_of(overlaps: bool, steps: int = 1) -> Steps:
