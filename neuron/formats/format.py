@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from neuron.formats.matrix import QuantizedMatrix
 
-BYTES: Final = {"int8": 1, "float8_e8m0fnu": 1, "float8_e4m3fn": 1, "float16": 2, "float32": 4}
+BYTES: Final = {"int8": 1, "float8_e8m0fnu": 1, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a scale, by its dtype. Float8 e8m0 are powers of two."""
 
 
@@ -28,6 +28,10 @@ class Layout:
     has_minima: bool = False
     supers: str = ""
     """Dtype of scales of scales and of minima: ``float16``, for 256 elements, or ``float32``, for a row; "": none."""
+    has_zeros: bool = False
+    """Whether each scale has a zero point, of a byte."""
+    has_order: bool = False
+    """Whether columns are in an order of their own."""
 
     @property
     def unit(self) -> int:
@@ -42,7 +46,12 @@ class Layout:
         """Return the bytes of a row."""
         groups = columns // self.group if self.group else 1
         per_scale = groups * BYTES[self.scales] + (self.num_supers(columns) * BYTES[self.supers] if self.supers else 0)
-        return columns // self.quantization.per_byte + per_scale * (2 if self.has_minima else 1)
+        zeros = groups if self.has_zeros else 0
+        return columns // self.quantization.per_byte + per_scale * (2 if self.has_minima else 1) + zeros
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of a matrix."""
+        return rows * self.row_bytes(columns) + (4 * columns if self.has_order else 0)
 
     def empty(self, rows: int, columns: int, device: "torch.device") -> "QuantizedMatrix":
         """Return an uninitialised matrix."""
@@ -60,7 +69,10 @@ class Layout:
         quants = array(columns // kind.per_byte, QUANT_DTYPES.get(kind, torch.uint8))
         scales = pair(columns // self.group if self.group else 1, getattr(torch, self.scales))
         supers = pair(self.num_supers(columns), getattr(torch, self.supers)) if self.supers else (None, None)
-        return QuantizedMatrix(kind, self.group, quants, *scales, *supers)
+        zeros = array(columns // self.group if self.group else 1, quants.dtype) if self.has_zeros else None
+        order = torch.empty(columns, dtype=torch.int32, device=device) if self.has_order else None
+        (own, minima), (super_scales, super_minima) = scales, supers
+        return QuantizedMatrix(kind, self.group, quants, own, minima, super_scales, super_minima, zeros, order)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -38,6 +38,10 @@ class QuantizedMatrix:
     """``[N, K / 256]`` float16 or ``[N, 1]`` float32, which multiplies ``scales``."""
     super_minima: torch.Tensor | None = None
     """Scales of ``minima``, laid out like ``super_scales``."""
+    zeros: torch.Tensor | None = None
+    """Zero points, laid out like ``scales``, in the dtype of ``quants``: each is subtracted before the scale."""
+    order: torch.Tensor | None = None
+    """Column ``[K]`` int32 of the weight that each column here is; None: the same."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,11 +57,11 @@ class QuantizedMatrix:
     @property
     def nbytes(self) -> int:
         """Return its size on the device in bytes."""
-        return sum(tensor.nbytes for tensor in self.arrays())
+        return sum(tensor.nbytes for tensor in self.arrays()) + (0 if self.order is None else self.order.nbytes)
 
     def arrays(self) -> tuple[torch.Tensor, ...]:
         """Return its arrays: each has a row for each row of the matrix."""
-        fields = (self.quants, self.scales, self.minima, self.super_scales, self.super_minima)
+        fields = (self.quants, self.scales, self.minima, self.super_scales, self.super_minima, self.zeros)
         return tuple(tensor for tensor in fields if tensor is not None)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "QuantizedMatrix":
@@ -69,6 +73,7 @@ class QuantizedMatrix:
             minima=None if self.minima is None else function(self.minima),
             super_scales=None if self.super_scales is None else function(self.super_scales),
             super_minima=None if self.super_minima is None else function(self.super_minima),
+            zeros=None if self.zeros is None else function(self.zeros),
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -76,12 +81,19 @@ class QuantizedMatrix:
         rows, columns = self.shape
         values = self._numbers().view(rows, -1, self.group or columns)
         scales = _scaled(self.scales, self.super_scales).unsqueeze(-1)
+        if self.zeros is not None:
+            values = values - self.zeros.float().unsqueeze(-1)
         values = values * scales
         if self.minima is not None:
             values = values + _scaled(self.minima, self.super_minima).unsqueeze(-1)
-        elif self.quantization is Quantization.INT4:
+        elif self.quantization is Quantization.INT4 and self.zeros is None:
             values = values - 8 * scales
-        return values.view(rows, columns).to(dtype)
+        values = values.view(rows, columns).to(dtype)
+        if self.order is None:
+            return values
+        restored = torch.empty_like(values)
+        restored[:, self.order.long()] = values
+        return restored
 
     def _numbers(self) -> torch.Tensor:
         """Return its quants as float32, unscaled."""
@@ -127,10 +139,10 @@ def embedding_rows(token_ids: torch.Tensor, table: torch.Tensor | QuantizedMatri
     """Return the rows ``token_ids`` ``[T]`` of ``table`` ``[V, hidden]`` in ``dtype``."""
     if isinstance(table, torch.Tensor):
         return functional.embedding(token_ids, table)
-    return table.map(lambda array: _chosen(array, token_ids)).dequantize(dtype)
+    return table.map(lambda array: chosen_rows(array, token_ids)).dequantize(dtype)
 
 
-def _chosen(array: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def chosen_rows(array: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return rows of an array, whose dtype may be one that torch only stores."""
     if array.itemsize > 1:
         return array.index_select(0, rows)

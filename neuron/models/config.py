@@ -11,13 +11,15 @@ from typing import Any, Final
 from neuron.device.jobs import Pooling
 from neuron.models.embedding_folder import has_head, makes_embeddings, pooling_of
 from neuron.models.ends import folder_ends, gguf_ends, token_ids
-from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
+from neuron.models.errors import CorruptWeightsError
 from neuron.models.family import Family
 from neuron.models.fields import Fields, GgufFields, JsonFields
 from neuron.models.files import quoted, read_json_object
 from neuron.models.gguf import GgufHeader, read_header
 from neuron.models.model import GenerationDefaults, ModelConfig
 from neuron.models.registry import find_family
+from neuron.models.safetensors import TensorEntry, read_tensors
+from neuron.models.schemes import quantization_config, read_schemes
 from neuron.models.stored import by_tensor, unstacked
 from neuron.models.wrappers import text_values
 
@@ -29,14 +31,15 @@ def read_config(path: pathlib.Path) -> ModelConfig:
     :class:`UnsupportedQuantizationError`.
     """
     if path.is_dir():
-        return _from_folder(path)
+        return config_from_folder(path)
     try:
         return config_from_gguf(path, read_header(path))
     except FileNotFoundError:
         raise CorruptWeightsError(path, "no such file or folder") from None
 
 
-def _from_folder(folder: pathlib.Path) -> ModelConfig:
+def config_from_folder(folder: pathlib.Path, entries: Mapping[str, TensorEntry] | None = None) -> ModelConfig:
+    """Return the configuration of a folder, whose tensors are ``entries``; of a quantised model they are read."""
     path = folder / "config.json"
     values = _json_object(path)
     if values is None:
@@ -45,9 +48,7 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
     fields = JsonFields(path, text_values(path, values))
     family = find_family(str(fields.value("model_type")), fields.names("architectures") or None, path)
     fields = JsonFields(path, {**family.defaults, **fields.values})
-    if method := values.get("quantization_config"):
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise UnsupportedQuantizationError(f"{path}: quantization {quoted(name)} is not supported")
+    quantization = quantization_config(folder, values)
     generation_path = folder / "generation_config.json"
     generation = _json_object(generation_path) or {}
     embeds = makes_embeddings(folder, class_names)
@@ -56,6 +57,9 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
         # Without a head nothing is generated, and a tied one takes no memory. Wrappers do not tell reliably.
         tied = not head or (embeds and config.head.tied)
         config = dataclasses.replace(config, head=dataclasses.replace(config.head, tied=tied))
+    kinds = None
+    if quantization is not None:
+        kinds = read_schemes(path, quantization, read_tensors(folder) if entries is None else entries, config)
     return _with_ends(
         config,
         folder_ends(folder, (generation, *_configs(values))),
@@ -63,6 +67,7 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
         generation=_generation(generation_path, generation, GENERATION_KEYS),
         pooling=pooling_of(folder),
         generates=not embeds,
+        tensor_kinds=kinds or {},
     )
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from cortex.wire.node import SamplingDefaults
 from neuron.device.jobs import Pooling
+from neuron.formats.scheme import Scheme
 from neuron.layers.attention import Attention
 from neuron.layers.cache import Cache
 from neuron.layers.embedding import Embedding, Head
@@ -19,6 +20,8 @@ from neuron.layers.parameters import Parameters, Tensor, tensors_of, within
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models.gguf import TensorKind
 
+StoredKind = TensorKind | Scheme
+"""Storage of a tensor: a GGUF kind, or a scheme of several tensors in safetensors."""
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -60,8 +63,8 @@ class ModelConfig:
     """Whether it generates text, not embeddings alone."""
     unused: tuple[str, ...] = ()
     """Prefixes of tensors, by their names in either format, that a checkpoint may have beside the model's."""
-    tensor_kinds: Mapping[str, TensorKind] = dataclasses.field(default_factory=dict)
-    """Storage kind of each tensor of a GGUF file, by safetensors name; empty for a folder, where all are floats."""
+    tensor_kinds: Mapping[str, StoredKind] = dataclasses.field(default_factory=dict)
+    """Storage of each tensor of a GGUF file, and of each quantised one of a folder, by safetensors name."""
 
     @property
     def vocab_size(self) -> int:

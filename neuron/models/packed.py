@@ -10,13 +10,14 @@ from enum import IntEnum
 from typing import Final
 
 from neuron.cpu_kernels import native
+from neuron.formats.scheme import Scheme
 from neuron.layers.attention import Attention
 from neuron.layers.cache import Cache, PagedKV
 from neuron.layers.mlp import GatedMlp
 from neuron.layers.parameters import Constant, Matrix, Vector
 from neuron.layers.rope import Rope
 from neuron.models.gguf import TensorKind
-from neuron.models.model import ModelConfig
+from neuron.models.model import ModelConfig, StoredKind
 
 LANES: Final = 16
 MAX_HEAD_DIM: Final = 1024
@@ -97,8 +98,13 @@ def padded(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def formats(matrix: Matrix, kinds: Mapping[str, TensorKind], dtype: str) -> tuple[Format, ...]:
-    """Return the format of each tensor of a matrix; ``kinds`` are those of a GGUF file by safetensors name.
+def block_kind(kind: StoredKind) -> TensorKind:
+    """Return the GGUF kind of the blocks that are packed; bfloat16 where a scheme of safetensors is expanded."""
+    return TensorKind[kind.block_kind or "BF16"] if isinstance(kind, Scheme) else kind
+
+
+def formats(matrix: Matrix, kinds: Mapping[str, StoredKind], dtype: str) -> tuple[Format, ...]:
+    """Return the format of each tensor of a matrix; ``kinds`` are how a file stores them, by safetensors name.
 
     They multiply the same activations, so all are integer or all float; gate and up alternate within one matrix, so
     they have one format.
@@ -107,7 +113,7 @@ def formats(matrix: Matrix, kinds: Mapping[str, TensorKind], dtype: str) -> tupl
     def format_of(name: str) -> Format:
         if dtype == "float32":
             return Format.W32
-        kind = kinds.get(name, TensorKind.BF16)
+        kind = block_kind(kinds.get(name, TensorKind.BF16))
         if kind in FLOATS:
             return Format.W16
         return Format.W4 if native.can_pack(kind, Format.W4) else Format.W8

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from neuron.cpu_kernels import native
+from neuron.formats.scheme import Scheme
 from neuron.layers.attention import Attention
 from neuron.layers.parameters import Constant, Matrix, Parameters, Tensor, Vector
 from neuron.models import packed
@@ -132,7 +133,9 @@ class _Packer:
         self, tensor: Tensor, to: PackedBytes, format: Format, *, first_block: int = 0, block_step: int = 1
     ) -> None:
         rows, columns = tensor.shape
-        stored = self.source.read_stored(tensor.name)
+        # A scheme's scales are rounded for GGUF's blocks, which is for the formats of integers alone.
+        rounds = isinstance(self.config.tensor_kinds.get(tensor.name), Scheme)
+        stored = None if rounds and format >= Format.W16 else self.source.read_stored(tensor.name)
         if stored is not None and native.can_pack(stored.kind, format):
             kind, values = stored.kind, stored.rows(rows, 0, rows).reshape(-1)
         else:

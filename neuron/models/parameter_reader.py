@@ -1,8 +1,8 @@
 """Reading of a layer's parameters onto a device in the device's form, whole or one rank's part.
 
 :mod:`neuron.models.quantization` decides the form. Tensors are allocated at their final size and filled in runs of
-rows, so the peak is the weights and one run: a run's blocks or floats are copied unchanged, and converted or rounded on
-the device. On ``meta`` nothing is read: the same code lists shapes and forms.
+rows, so the peak is the weights and one run: a run's bytes are copied unchanged, and converted or rounded on the
+device. On ``meta`` nothing is read: the same code lists shapes and forms.
 """
 
 import itertools
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from neuron.formats import matrix as matrices
+from neuron.formats.format import RoundedFormat
 from neuron.formats.matrix import QuantizedMatrix, StackedMatrix
-from neuron.formats.registry import FORMATS, ROUNDED_FORMATS, STORED_FORMATS
 from neuron.layers.parameters import Constant, Matrix, Parameters, Tensor, Vector
 from neuron.layers.step import Linear
 from neuron.models import quantization
-from neuron.models.transfer import Transfer, from_file
+from neuron.models.quantization import Form
+from neuron.models.transfer import Transfer
 
 if TYPE_CHECKING:
     from neuron.models.weights import WeightSource
@@ -62,11 +63,14 @@ class ParameterReader:
         return torch.cat(parts)
 
     def _matrix(self, matrix: Matrix) -> matrices.Matrix:
-        """Return the concatenated rows of a matrix's tensors: stacked where their forms differ."""
+        """Return the concatenated rows of a matrix's tensors: stacked where forms differ, or columns have an order."""
         forms = quantization.forms(matrix, self._source.config.tensor_kinds, self._quant)
         parts: list[torch.Tensor | QuantizedMatrix] = []
-        for form, group in itertools.groupby(zip(forms, matrix.tensors, strict=True), lambda pair: pair[0]):
-            tensors = [tensor for _, tensor in group]
+        alone = [index if form is not None and form.layout.has_order else 0 for index, form in enumerate(forms)]
+        for (form, _), group in itertools.groupby(
+            zip(forms, alone, matrix.tensors, strict=True), lambda each: each[:2]
+        ):
+            tensors = [tensor for *_, tensor in group]
             parts.append(self._floats(tensors) if form is None else self._quantized(form, tensors))
         if len(parts) > 1:
             return StackedMatrix(tuple(parts))
@@ -96,49 +100,39 @@ class ParameterReader:
                 first_column=tensor.columns.start,
             )
 
-    def _quantized(self, form: str, tensors: Sequence[Tensor]) -> QuantizedMatrix:
+    def _quantized(self, form: Form, tensors: Sequence[Tensor]) -> QuantizedMatrix:
         num_rows = sum(len(tensor.rows) for tensor in tensors)
-        columns = len(tensors[0].columns)
-        matrix = FORMATS[form].layout(columns).empty(num_rows, columns, self._device)
+        matrix = form.layout.empty(num_rows, len(tensors[0].columns), self._device)
         if self._device.type == "meta":
             return matrix
         start = 0
         for tensor in tensors:
-            runs = self._rounded if form in ROUNDED_FORMATS else self._stored
-            for run in runs(form, tensor):
+            for run in self._runs(form, tensor):
                 stop = start + run.shape[0]
                 for source, destination in zip(run.arrays(), matrix.arrays(), strict=True):
                     destination[start:stop].copy_(source)
+                if matrix.order is not None and run.order is not None:
+                    matrix.order.copy_(run.order)
                 start = stop
         return matrix
 
-    def _stored(self, form: str, tensor: Tensor) -> Iterator[QuantizedMatrix]:
+    def _runs(self, form: Form, tensor: Tensor) -> Iterator[QuantizedMatrix]:
         """Yield runs of rows in the layout of the device."""
-        stored = self._source.read_stored(tensor.name)
-        if stored is None:
-            raise TypeError(f"{tensor.name} is not stored as {form}")
-        num_rows, num_columns = tensor.shape
         rows, columns = tensor.rows, tensor.columns
-        format = STORED_FORMATS[form]
-        block, block_bytes = format.block, format.block_bytes
-        step = max(1, RUN_ELEMENTS // num_columns)
+        step = max(1, RUN_ELEMENTS // len(columns))
         for start in range(rows.start, rows.stop, step):
-            stop = min(start + step, rows.stop)
-            blocks = stored.rows(num_rows, start, stop).reshape(stop - start, -1, block_bytes)
-            chosen = blocks[:, columns.start // block : columns.stop // block].reshape(-1, block_bytes)
-            here = from_file(chosen)
-            there = torch.empty_like(here, device=self._device)
-            self._transfer.copy(here, there)
-            yield format.read(there, stop - start)
+            run = range(start, min(start + step, rows.stop))
+            if isinstance(form.format, RoundedFormat):
+                piece = torch.empty((len(run), len(columns)), dtype=self._dtype, device=self._device)
+                self._read(tensor, piece, start)
+                yield form.format.quantize(piece)
+            else:
+                yield self._source.read_quantized(tensor.name, run, columns, self._to_device)
 
-    def _rounded(self, form: str, tensor: Tensor) -> Iterator[QuantizedMatrix]:
-        """Yield runs of rows, rounded."""
-        rows, width = tensor.rows, len(tensor.columns)
-        step = max(1, RUN_ELEMENTS // width)
-        for start in range(rows.start, rows.stop, step):
-            piece = torch.empty((min(step, rows.stop - start), width), dtype=self._dtype, device=self._device)
-            self._read(tensor, piece, start)
-            yield ROUNDED_FORMATS[form].quantize(piece)
+    def _to_device(self, stored: torch.Tensor) -> torch.Tensor:
+        there = torch.empty(stored.shape, dtype=stored.dtype, device=self._device)
+        self._transfer.copy(stored, there)
+        return there
 
 
 def some_rows(matrix: torch.Tensor | QuantizedMatrix, rows: range) -> torch.Tensor | QuantizedMatrix:

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from neuron.engine_settings import DEFAULTS, EngineSettings
+from neuron.formats.matrix import QuantizedMatrix
 from neuron.formats.registry import FORMATS
+from neuron.formats.schemes import EXAMPLES
 from neuron.layers.attention import Attention
 from neuron.layers.experts import Experts
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import decoder, quantization
 from neuron.models.config import read_config
-from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
-from neuron.models.model import ModelConfig
+from neuron.models.model import ModelConfig, StoredKind
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import decode_state, dispatch, sampling
 from neuron.triton_kernels.batch import Batch
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
 STEPS: Final = (1, 2, 16, 17, 64, 65, 256, 257)
 """Representative numbers of tokens of a step: both sides of every row count that launchers compare with."""
-FP8_CAPABILITY: Final = 89
-FORMS: Final = (quantization.NONE, *FORMATS)
+FORMS: Final = (quantization.NONE, *FORMATS, *EXAMPLES)
 EXPERT_ROWS: Final = (16, 64)
 """Representative numbers of rows of an expert on average."""
 POLL_S: Final = 0.001
@@ -104,8 +104,6 @@ class Preparation:
     ) -> None:
         self._device = device
         self._compilation: Compilation | None = None
-        if plan.quant == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-            raise UnsupportedQuantizationError(f"{device} cannot convert float8; sm_89 and later can", param="quant")
         dtype = getattr(torch, plan.dtype)
         operations = dispatch.operations_for(device, dtype, triton=settings.triton_kernels)
         if device.type != "cuda" or not operations.by_kernels:
@@ -187,6 +185,9 @@ class _NoFile:
     def read_stored(self, name: str) -> None:
         raise TypeError(f"{name} is to be read from no file")
 
+    def read_quantized(self, name: str, *where: object) -> QuantizedMatrix:
+        raise TypeError(f"{name} is to be read from no file")
+
     def close(self) -> None:
         """Do nothing."""
 
@@ -229,9 +230,13 @@ def any_plan(config: ModelConfig, dtype: str, quant: str = quantization.NONE) ->
 
 def _stored_as(config: ModelConfig, form: str) -> tuple[ModelConfig, str]:
     """Return ``config`` as of a file with its matrices in ``form``, and the resulting ``quant``."""
-    if form not in TensorKind.__members__:
+    shapes = {name: shape for name, shape in config.tensor_shapes().items() if len(shape) == 2}
+    if form in EXAMPLES:
+        kinds: dict[str, StoredKind] = {name: EXAMPLES[form](shape[1]) for name, shape in shapes.items()}
+    elif form in TensorKind.__members__:
+        kinds = dict.fromkeys(shapes, TensorKind[form])
+    else:
         return config, form
-    kinds = {name: TensorKind[form] for name, shape in config.tensor_shapes().items() if len(shape) == 2}
     return dataclasses.replace(config, tensor_kinds=kinds), quantization.STORED
 
 
@@ -255,8 +260,6 @@ def main(arguments: list[str] | None = None) -> int:
             start = time.monotonic()
             wanted: dict[Variant, None] = {}
             for form in options.quant or FORMS:
-                if form == "fp8" and capability < FP8_CAPABILITY:
-                    continue
                 config, quant = _stored_as(found, form)
                 plan = any_plan(config, options.dtype, quant)
                 for in_group in (False, True):

@@ -3,25 +3,34 @@
 Pure decisions on sizes: the daemon's preflight and the worker's load call the same functions. Layouts are in
 :mod:`neuron.formats`; the CPU kernels have their own formats (:mod:`.packed`).
 
-``quant`` of a spec is ``auto`` (matrices that a GGUF file quantises stay so on a GPU), ``none`` (all in the model's
+``quant`` of a spec is ``auto`` (matrices that the file quantises stay so on a GPU), ``none`` (all in the model's
 dtype), or ``int8``, ``int4``, ``fp8`` (a file of floats is rounded while it is loaded). Embedding and head are not
 rounded: together they are a tenth of an 8B model, and the head's errors are those of the answer.
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
-from neuron.formats.registry import FORMATS, ROUNDED_FORMATS, STORED_FORMATS
+from neuron.formats.format import Layout, RoundedFormat, StoredFormat
+from neuron.formats.registry import ROUNDED_FORMATS, STORED_FORMATS
+from neuron.formats.scheme import Scheme
 from neuron.layers.parameters import Constant, Matrix, Tensor, Vector
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models.errors import UnsupportedQuantizationError
-from neuron.models.gguf import BLOCKS, TensorKind
-from neuron.models.model import DTYPE_BYTES, ModelConfig
+from neuron.models.gguf import BLOCKS
+from neuron.models.model import DTYPE_BYTES, ModelConfig, StoredKind
 
 NONE: Final = "none"
 STORED: Final = "stored"
 """Result of ``auto`` where the file's own blocks are kept."""
 KNOWN: Final = ("auto", NONE, *ROUNDED_FORMATS)
+
+
+class Form(NamedTuple):
+    """Form of a tensor on the device: its layout, and the format that it is read or rounded from."""
+
+    format: StoredFormat | RoundedFormat | Scheme
+    layout: Layout
 
 
 def resolve(config: ModelConfig, quant: str, dtype: str, device: str, *, cpu_kernels: bool = True) -> str:
@@ -32,39 +41,43 @@ def resolve(config: ModelConfig, quant: str, dtype: str, device: str, *, cpu_ker
     """
     if quant not in KNOWN:
         raise UnsupportedQuantizationError(f"quant is {quant!r}; it can be {', '.join(KNOWN)}", param="quant")
-    kept = any(kind.name in STORED_FORMATS for kind in config.tensor_kinds.values())
+    kinds = config.tensor_kinds.values()
+    kept = any(isinstance(kind, Scheme) or kind.name in STORED_FORMATS for kind in kinds)
     on_cpu = device.startswith("cpu")
     if quant == "auto":
         return STORED if kept and not on_cpu and dtype != "float32" else NONE
     if quant == NONE:
         return NONE
-    if any(BLOCKS[kind][0] > 1 for kind in config.tensor_kinds.values()):
+    if any(isinstance(kind, Scheme) or BLOCKS[kind][0] > 1 for kind in kinds):
         raise UnsupportedQuantizationError(
             f"quant is {quant!r}, but the file is quantised already; load it with quant = 'auto'", param="quant"
         )
     if on_cpu and cpu_kernels:
         raise UnsupportedQuantizationError(
-            f"quant is {quant!r}, which is for GPUs; a CPU runs a GGUF file in the form it is stored in", param="quant"
+            f"quant is {quant!r}, which is for GPUs; a CPU runs a file in the form it is stored in", param="quant"
         )
     return quant
 
 
-def forms(matrix: Matrix, kinds: Mapping[str, TensorKind], quant: str) -> tuple[str | None, ...]:
+def forms(matrix: Matrix, kinds: Mapping[str, StoredKind], quant: str) -> tuple[Form | None, ...]:
     """Return the form on the device of each tensor of a matrix, ``None`` for the model's dtype.
 
-    ``kinds`` are the storage kinds of a GGUF file by safetensors name. Experts are in one form.
+    ``kinds`` are how a file stores its tensors, by safetensors name. Experts are in one form, their columns in order.
     """
 
-    def form_of(tensor: Tensor) -> str | None:
-        if quant == STORED:
-            kind = kinds.get(tensor.name)
-            form = kind.name if kind is not None and kind.name in STORED_FORMATS else None
+    def form_of(tensor: Tensor) -> Form | None:
+        kind, columns = kinds.get(tensor.name), tensor.columns
+        if quant != STORED:
+            format: StoredFormat | RoundedFormat | None = ROUNDED_FORMATS[quant] if matrix.rounded else None
+        elif isinstance(kind, Scheme):
+            layout = None if matrix.num_experts and kind.ordered else kind.layout(columns)
+            return None if layout is None else Form(kind, layout)
         else:
-            form = quant if matrix.rounded else None
-        if form is None:
+            format = None if kind is None else STORED_FORMATS.get(kind.name)
+        if format is None:
             return None
-        unit = FORMATS[form].layout(len(tensor.columns)).unit
-        return None if tensor.columns.start % unit or tensor.columns.stop % unit else form
+        layout = format.layout(len(columns))
+        return None if columns.start % layout.unit or columns.stop % layout.unit else Form(format, layout)
 
     if quant == NONE or not matrix.quantised:
         return (None,) * len(matrix.tensors)
@@ -87,7 +100,7 @@ def weights_bytes(config: ModelConfig, dtype: str, quant: str, shard: Shard = WH
                     if form is None:
                         num_floats += rows * columns
                     else:
-                        num_bytes += rows * FORMATS[form].layout(columns).row_bytes(columns)
+                        num_bytes += form.layout.nbytes(rows, columns)
             case Constant():
                 constants.add(parameter)
     num_bytes += sum(4 * len(constant.values) for constant in constants)

@@ -8,20 +8,25 @@ import contextlib
 import dataclasses
 import mmap
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 import gguf
 import numpy as np
 import torch
 
+from neuron.formats.matrix import QuantizedMatrix, chosen_rows
+from neuron.formats.registry import STORED_FORMATS
+from neuron.formats.scheme import Scheme
 from neuron.layers.parameters import Tensor
-from neuron.models.config import config_from_gguf, read_config
+from neuron.models.config import config_from_folder, config_from_gguf
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
 from neuron.models.fields import FACTORS
 from neuron.models.files import quoted
 from neuron.models.gguf import TensorInfo, TensorKind, read_header
 from neuron.models.model import ModelConfig
 from neuron.models.safetensors import TensorEntry, read_tensors
+from neuron.models.schemes import by_module, places_of, whole_shapes
 from neuron.models.stored import by_tensor, unstacked
 from neuron.models.transfer import ON_HOST, Transfer, from_file
 
@@ -33,6 +38,15 @@ DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", *FACTORS)
 FLOAT_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes of safetensors that are converted while they are copied."""
 STORED_KINDS: Final = {"F32": TensorKind.F32, "F16": TensorKind.F16, "BF16": TensorKind.BF16}
+DTYPES: Final = {
+    **FLOAT_DTYPES,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+}
+"""Dtypes of the tensors of quantised weights; exponents are read as their bytes."""
 FLOATS: Final = {kind: FLOAT_DTYPES[dtype] for dtype, kind in STORED_KINDS.items()}
 """Kinds that are read without dequantising."""
 
@@ -93,6 +107,11 @@ class WeightSource(Protocol):
     def read_stored(self, name: str) -> "StoredTensor | None":
         """Return a tensor as stored in the file, without a copy; ``None`` if it is not in a GGUF kind."""
 
+    def read_quantized(
+        self, name: str, rows: range, columns: range, move: Callable[[torch.Tensor], torch.Tensor]
+    ) -> QuantizedMatrix:
+        """Return a part of a tensor that the device has in a quantised form; ``move`` copies stored bytes there."""
+
     def close(self) -> None:
         """Unmap the files. No stored tensor may be in use."""
 
@@ -136,14 +155,19 @@ class SafetensorsSource:
     """Checkpoint in a folder with ``config.json`` and ``.safetensors`` files, which are mapped when first read."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        self.config = read_config(folder)
+        self._folder = folder
+        entries = read_tensors(folder)
+        self.config = config_from_folder(folder, entries)
         self._declared = self.config.tensors()
-        self._entries = by_tensor(self.config, read_tensors(folder), folder)
+        self._schemes = {name: kind for name, kind in self.config.tensor_kinds.items() if isinstance(kind, Scheme)}
+        places = places_of(self.config, by_module(entries)) if self._schemes else {}
+        self._places = {name: place for name, place in places.items() if name in self._schemes}
+        self._entries = by_tensor(self.config, entries, folder)
         self._files: dict[pathlib.Path, mmap.mmap] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors."""
-        return {name: entry.shape for name, entry in self._entries.items()}
+        """Return the shapes of the tensors, of quantised weights as wholes."""
+        return whole_shapes(self._entries, self._places, self.config)
 
     def read_into(
         self,
@@ -154,7 +178,17 @@ class SafetensorsSource:
         first_row: int = 0,
         first_column: int = 0,
     ) -> None:
-        """Copy from the mapped file, with conversion, in one pass."""
+        """Copy from the mapped file, with conversion, in one pass, or expand a quantised weight run by run."""
+        if name in self._schemes:
+            width = destination.shape[1]
+            span, step = range(first_column, first_column + width), max(1, PIECE_ELEMENTS // width)
+            for start in range(0, len(destination), step):
+                part = destination[start : start + step]
+                run, places = self._stored_run(name, range(first_row + start, first_row + start + len(part)))
+                with self._naming(name):
+                    expanded = self._schemes[name].expand(self._take(name), run, span)
+                transfer.copy(expanded if places is None else expanded[places], part)
+            return
         entry = self._entries[name]
         if entry.dtype not in FLOAT_DTYPES:
             raise UnsupportedQuantizationError(f"{entry.file}: {name} is stored as {entry.dtype}")
@@ -172,10 +206,56 @@ class SafetensorsSource:
             destination.add_(1)
 
     def read_stored(self, name: str) -> StoredTensor | None:
-        """Return the mapped tensor."""
+        """Return the mapped tensor, or GGUF's blocks of a quantised weight that has such."""
+        if name in self._schemes:
+            scheme, (num_rows, num_columns) = self._schemes[name], self._declared[name].shape
+            if not scheme.block_kind:
+                return None
+            step = max(1, PIECE_ELEMENTS // num_columns)
+            first = self._places[name].first_row
+            runs = [range(first + start, first + min(start + step, num_rows)) for start in range(0, num_rows, step)]
+            with self._naming(name):
+                blocks = torch.cat([scheme.blocks(self._take(name), run) for run in runs])
+            return StoredTensor(TensorKind[scheme.block_kind], blocks.view(-1).numpy(), self._declared[name].order)
         entry = self._entries[name]
         kind = None if entry.strides else STORED_KINDS.get(entry.dtype)
         return None if kind is None else StoredTensor(kind, self._bytes(entry), self._declared[name].order)
+
+    def read_quantized(
+        self, name: str, rows: range, columns: range, move: Callable[[torch.Tensor], torch.Tensor]
+    ) -> QuantizedMatrix:
+        """Unpack a run of rows."""
+        run, places = self._stored_run(name, rows)
+        with self._naming(name):
+            matrix = self._schemes[name].read(self._take(name, move), run, columns)
+        if places is None:
+            return matrix
+        there = places.to(matrix.quants.device)
+        return matrix.map(lambda array: chosen_rows(array, there))
+
+    def _stored_run(self, name: str, rows: range) -> tuple[range, torch.Tensor | None]:
+        """Return the module's rows that hold ``rows`` of a weight, and their places among these; None: the same."""
+        order, shift = self._declared[name].order, self._places[name].first_row
+        if not order:
+            return range(shift + rows.start, shift + rows.stop), None
+        first, last = rows.start // len(order) * len(order), -(-rows.stop // len(order)) * len(order)
+        places = torch.from_numpy(stored_rows(order, rows.start, rows.stop) - first)
+        return range(shift + first, shift + last), places
+
+    def _take(
+        self, name: str, move: Callable[[torch.Tensor], torch.Tensor] = lambda stored: stored
+    ) -> Callable[..., torch.Tensor]:
+        """Return a reader of the tensors of a quantised weight."""
+        module = self._places[name].module
+        return lambda suffix, *index: move(self._mapped(self._entries[f"{module}.{suffix}"])[index])
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Name the weight whose tensors contradict themselves."""
+        try:
+            yield
+        except ValueError as error:
+            raise CorruptWeightsError(self._folder, f"{name}: {error}") from error
 
     def _bytes(self, entry: TensorEntry) -> PackedBytes:
         if entry.file not in self._files:
@@ -188,7 +268,7 @@ class SafetensorsSource:
 
     def _mapped(self, entry: TensorEntry) -> torch.Tensor:
         """Return a tensor of the file's memory, to be read only."""
-        dtype, packed = FLOAT_DTYPES[entry.dtype], self._bytes(entry)
+        dtype, packed = DTYPES[entry.dtype], self._bytes(entry)
         if packed.ctypes.data % dtype.itemsize:
             packed = packed.copy()
         values = from_file(packed).view(dtype)
@@ -249,6 +329,16 @@ class GgufSource:
         tensor = self._tensors[name]
         packed = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
         return StoredTensor(tensor.kind, packed, self._declared[name].gguf_order)
+
+    def read_quantized(
+        self, name: str, rows: range, columns: range, move: Callable[[torch.Tensor], torch.Tensor]
+    ) -> QuantizedMatrix:
+        """Copy a run of rows of blocks, and repack it on the device."""
+        stored, format = self.read_stored(name), STORED_FORMATS[self._tensors[name].kind.name]
+        num_rows, (block, block_bytes) = self._tensors[name].shape[0], (format.block, format.block_bytes)
+        blocks = stored.rows(num_rows, rows.start, rows.stop).reshape(len(rows), -1, block_bytes)
+        chosen = blocks[:, columns.start // block : columns.stop // block].reshape(-1, block_bytes)
+        return format.read(move(from_file(chosen)), len(rows))
 
     def _values(self, tensor: TensorInfo, blocks: PackedBytes) -> torch.Tensor:
         """Return the elements of ``blocks`` as one vector: floats as stored, others in float32."""

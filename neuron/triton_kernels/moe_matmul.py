@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from neuron.formats.matrix import QuantizedMatrix
+from neuron.formats.schemes import EXAMPLES
 from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
 from neuron.triton_kernels.moe_routing import Routing, route
@@ -117,7 +118,7 @@ def _launch(x: torch.Tensor, weight: Experts, routing: Routing, *, weighted: boo
     return out
 
 
-@moe_matmul.cases("of floats", "int8", "fp8", "int4", "Q8_0", "Q4_K", "Q6_K", "MXFP4", dtypes=HALF_TYPES)
+@moe_matmul.cases("of floats", "int8", "fp8", "int4", "Q8_0", "Q4_K", "Q6_K", "MXFP4", *EXAMPLES, dtypes=HALF_TYPES)
 def _cases(check: Run, make: Make, form: str) -> None:
     shapes = ((1, 4, 2, 48, 40), (37, 6, 3, 80, 72), (90, 3, 2, 64, 130))
     for tokens, experts, choices, depth, width in shapes if form == "of floats" else ((37, 5, 3, 256, 40),):

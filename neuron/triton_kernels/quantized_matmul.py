@@ -15,6 +15,7 @@ registers, in two words of eight bytes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
@@ -26,12 +27,16 @@ from neuron.formats.format import Layout
 from neuron.formats.matrix import QuantizedMatrix
 from neuron.formats.registry import FORMATS, ROUNDED_FORMATS, STORED_FORMATS
 from neuron.formats.rounded import quantize_int4
+from neuron.formats.scheme import Scheme
+from neuron.formats.schemes import EXAMPLES
 from neuron.triton_kernels._triton import cuda, tl, triton
 from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
 from neuron.triton_kernels.moe_routing import Routing
 from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 from neuron.triton_kernels.prefill_attention import find_block
 
+FP8_CAPABILITY: Final = 89
+"""Least compute capability that converts float8."""
 _ENCODINGS: Final = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
 
@@ -52,10 +57,17 @@ def quantized_matmul(
 
 
 @triton.jit
+def _e4m3(stored):
+    """Return the float32 of bytes of float8 e4m3: as the bits of a float16, 2^-8 of it. No NaN is expected."""
+    bits = (stored & 127).to(tl.uint16) << 7 | (stored & 128).to(tl.uint16) << 8
+    return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256
+
+
+@triton.jit
 def _numbers(quants, plane, BITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Return the quants of a plane as float32; LOW and HIGH are the words of a table."""
+    """Return the quants of a plane as float32; LOW and HIGH are the words of a table. Bytes are float8 e4m3."""
     if BITS == 8:
-        found = quants.to(tl.float32)
+        found = _e4m3(quants) if quants.dtype == tl.uint8 else quants.to(tl.float32)
     else:
         codes = (quants >> (BITS * plane)) & ((1 << BITS) - 1)
         if LOW is None:
@@ -78,9 +90,7 @@ def _group_scales(
         # The exponent of a float32; 0 is 2^-127, a subnormal.
         found = tl.where(stored == 0, 0x400000, stored.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     elif SCALES == "e4m3":
-        # As the bits of a float16 it is 2^-8 of itself. Not every GPU has the conversion.
-        bits = (stored & 127).to(tl.uint16) << 7 | (stored & 128).to(tl.uint16) << 8
-        found = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256
+        found = _e4m3(stored)
     else:
         found = stored.to(tl.float32)
     if SUPER > 0:
@@ -92,8 +102,15 @@ def _group_scales(
 
 
 @triton.jit
+def _group_zeros(zeros, row, block, inside, K, GROUP: tl.constexpr, UNIT: tl.constexpr):
+    """Return the float32 zero point of each block of UNIT elements: ``[rows, blocks]``."""
+    at = row[:, None] * (K // GROUP) + (block // (GROUP // UNIT))[None, :]
+    return tl.load(zeros + at, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
 def _quantized_gemv_kernel(
-    x, quants, scales, minima, super_scales, super_minima, bias, residual, out, N, K,
+    x, quants, scales, minima, super_scales, super_minima, zeros, bias, residual, out, N, K,
     BITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CENTER: tl.constexpr,
     GROUP: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, SUPER: tl.constexpr, STEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
@@ -127,6 +144,9 @@ def _quantized_gemv_kernel(
             if minima is not None:
                 least = _group_scales(minima, super_minima, row, block, mask, K, GROUP, UNIT, SCALES, SUPER, STEP)
                 part = part * scale + tl.sum(values, 1)[None, :] * least
+            elif zeros is not None:
+                zero = _group_zeros(zeros, row, block, mask, K, GROUP, UNIT)
+                part = (part - zero * tl.sum(values, 1)[None, :]) * scale
             elif CENTER > 0:
                 part = (part - CENTER * tl.sum(values, 1)[None, :]) * scale
             else:
@@ -147,8 +167,8 @@ def _quantized_gemv_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _quantized_matmul_kernel(
-    x, quants, scales, minima, super_scales, super_minima, bias, residual, out, order, starts, weights, M, N, K,
-    x_stride, out_stride,
+    x, quants, scales, minima, super_scales, super_minima, zeros, bias, residual, out, order, starts, weights,
+    M, N, K, x_stride, out_stride,
     BITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CENTER: tl.constexpr,
     GROUP: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, SUPER: tl.constexpr, STEP: tl.constexpr,
     EXPERTS: tl.constexpr, SHARED: tl.constexpr,
@@ -194,6 +214,8 @@ def _quantized_matmul_kernel(
             if minima is not None:
                 least = _group_scales(minima, super_minima, row, block, there, K, GROUP, UNIT, SCALES, SUPER, STEP)
                 least = least[:, :, None]
+            elif zeros is not None:
+                least = -_group_zeros(zeros, row, block, there, K, GROUP, UNIT)[:, :, None] * scale
             elif CENTER > 0:
                 least = -CENTER * scale
             q = tl.reshape(q, [BLOCK_N, BLOCKS, bytes_])
@@ -203,7 +225,7 @@ def _quantized_matmul_kernel(
             wide = _numbers(q, plane, BITS, LOW, HIGH)
             if GROUP > 0:
                 wide *= scale
-                if minima is not None or CENTER > 0:
+                if minima is not None or zeros is not None or CENTER > 0:
                     wide += least
                 wide = tl.reshape(wide, [BLOCK_N, columns])
             sums = tl.dot(value, tl.trans(wide.to(x.dtype.element_ty)), sums)
@@ -231,7 +253,7 @@ class _Form(NamedTuple):
     """Word of a table's codes 0 to 7."""
     HIGH: int | None
     CENTER: int
-    """Quant that stands for zero; 0 where quants are signed, or there are minima."""
+    """Quant that stands for zero; 0 where quants are signed, or groups have minima or zero points."""
     GROUP: int
     UNIT: int
     SCALES: str
@@ -241,21 +263,23 @@ class _Form(NamedTuple):
     STEP: float
 
 
-def _form_of(weight: QuantizedMatrix) -> tuple[QuantizedMatrix, _Form]:
-    """Return a matrix as kernels load it, and its form."""
+def _form_of(weight: QuantizedMatrix, target: Target) -> tuple[QuantizedMatrix, _Form]:
+    """Return a matrix as kernels load it, and its form: float8 as bytes where the GPU cannot convert it."""
     kind, table = weight.quantization, weight.quantization.table
     encoding, supers = _ENCODINGS.get(weight.scales.dtype, ""), weight.super_scales
     form = _Form(
         BITS=kind.bits,
         LOW=table.words[0] if table else None,
         HIGH=table.words[1] if table else None,
-        CENTER=8 if kind is Quantization.INT4 and weight.minima is None else 0,
+        CENTER=8 if kind is Quantization.INT4 and weight.minima is None and weight.zeros is None else 0,
         GROUP=weight.group,
         UNIT=weight.unit,
         SCALES=encoding,
         SUPER=SUPER_BLOCK if supers is not None and supers.dtype == torch.float16 else 0,
         STEP=table.step if table else 1.0,
     )
+    if kind is Quantization.FP8 and target.capability < FP8_CAPABILITY:
+        weight = dataclasses.replace(weight, quants=weight.quants.view(torch.uint8))
     return dataclasses.replace(weight, scales=weight.scales.view(torch.uint8)) if encoding else weight, form
 
 
@@ -309,9 +333,9 @@ def launch_product(
     if depth % BLOCK:
         raise ValueError(f"a quantised matmul wants a multiple of {BLOCK} columns, not {depth}")
     target = target_of(x.device)
-    if weight.quantization is Quantization.FP8 and target.capability < 89:
-        raise ValueError(f"sm_{target.capability} cannot convert float8 e4m3; sm_89 and later can")
-    weight, form = _form_of(weight)
+    weight, form = _form_of(weight, target)
+    if weight.order is not None:
+        x = x.index_select(1, weight.order)
     if num_rows == 1 and routing is None:
         block_n = 8
         launch(
@@ -343,19 +367,27 @@ def launch_product(
     )  # fmt: skip
 
 
-def _random(layout: Layout) -> Callable[[torch.Tensor], QuantizedMatrix]:
-    """Return a function that makes a random matrix of a layout, of the shape of its argument."""
+def _layout(make: Callable[[int], Scheme], columns: int) -> Layout:
+    layout = make(columns).layout(range(columns))
+    assert layout is not None
+    return layout
+
+
+def _random(layout_of: Callable[[int], Layout]) -> Callable[[torch.Tensor], QuantizedMatrix]:
+    """Return a function that makes a random matrix of the layout for its columns, of the shape of its argument."""
 
     def make(weight: torch.Tensor) -> QuantizedMatrix:
         rows, columns = weight.shape
-        matrix = layout.empty(rows, columns, weight.device)
+        matrix = layout_of(columns).empty(rows, columns, weight.device)
+        if matrix.order is not None:
+            matrix.order.copy_(torch.randperm(columns))
 
         def filled(array: torch.Tensor) -> torch.Tensor:
             if array.itemsize > 1:
                 return array.uniform_(0.01, 0.1)
             least, most = _BYTES_OF_SCALES.get(array.dtype, (0, 64))
             if array is matrix.quants:
-                least, most = 0, 256
+                least, most = 0, 127 if matrix.quantization is Quantization.FP8 else 256
             return torch.randint(least, most, array.shape, dtype=torch.uint8).to(array.device).view(array.dtype)
 
         return matrix.map(filled)
@@ -368,7 +400,8 @@ _BYTES_OF_SCALES: Final = {torch.float8_e8m0fnu: (118, 124), torch.float8_e4m3fn
 FORMS: Final[dict[str, Callable[[torch.Tensor], QuantizedMatrix]]] = {
     **{name: format.quantize for name, format in ROUNDED_FORMATS.items()},
     "int4 g32": lambda weight: quantize_int4(weight, 32),
-    **{name: _random(format.device_layout) for name, format in STORED_FORMATS.items()},
+    **{name: _random(format.layout) for name, format in STORED_FORMATS.items()},
+    **{name: _random(functools.partial(_layout, make)) for name, make in EXAMPLES.items()},
 }
 """Every form, made of a matrix ``[N, K]`` with K a multiple of 256; stored ones are random."""
 
@@ -384,9 +417,11 @@ def _cases(check: Run, make: Make, form: str) -> None:
 
 def shapes_of_forms(make: Make, rows: int, columns: int) -> Iterator[QuantizedMatrix]:
     """Yield a matrix in each form that a model can have on a GPU."""
-    for name, format in FORMATS.items():
-        if name != "fp8" or target_of(make.device).capability >= 89:
-            yield format.layout(columns).empty(rows, columns, make.device)
+    for layout in (
+        *(format.layout(columns) for format in FORMATS.values()),
+        *(_layout(scheme, columns) for scheme in EXAMPLES.values()),
+    ):
+        yield layout.empty(rows, columns, make.device)
 
 
 @quantized_matmul.launches()

@@ -113,7 +113,7 @@ def test_gguf_metadata(smollm2_gguf: pathlib.Path) -> None:
         ({"rope_parameters": {"partial_rotary_factor": 0.26}}, CorruptWeightsError, "33 of 128 elements"),
         ({"rope_parameters": {"partial_rotary_factor": 1.5}}, CorruptWeightsError, "partial_rotary_factor"),
         ({"rope_parameters": [1]}, CorruptWeightsError, "rope"),
-        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedQuantizationError, "awq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, UnsupportedQuantizationError, "hqq"),
         ({"hidden_size": "absent"}, CorruptWeightsError, "hidden_size"),
         ({"hidden_size": -4}, CorruptWeightsError, "hidden_size"),
         ({"vocab_size": True}, CorruptWeightsError, "vocab_size"),
