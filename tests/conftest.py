@@ -80,17 +80,20 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., p
         names = {
             "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "gemma3": "Gemma3",
             "mistral": "Mistral", "ministral3": "Ministral3", "phi3": "Phi3", "smollm3": "SmolLM3",
+            "qwen2_moe": "Qwen2Moe", "glm4_moe": "Glm4Moe",
         }  # fmt: skip
         name = names[kind]
-        if kind in {"qwen3", "qwen3_moe", "gemma3", "mistral", "ministral3"}:
+        if kind in {"qwen3", "qwen3_moe", "gemma3", "mistral", "ministral3", "glm4_moe"}:
             settings.setdefault("head_dim", 12)
         config_name = name + ("TextConfig" if kind == "gemma3" else "Config")
         torch.manual_seed(1)
         model = getattr(transformers, name + "ForCausalLM")(getattr(transformers, config_name)(**settings))
-        for parameter_name, parameter in model.named_parameters():
+        for parameter_name, parameter in (*model.named_parameters(), *model.named_buffers()):
             # transformers starts these at 1 and 0, where a mix-up would not show.
             if "norm" in parameter_name or parameter_name.endswith("bias"):
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            elif parameter_name.endswith("gate.weight"):
+                torch.nn.init.normal_(parameter, std=0.3)
         folder = tmp_path_factory.mktemp(kind)
         model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
         return folder

@@ -181,12 +181,14 @@ def pointwise(bench: Bench) -> Rows:
     count, choices, inner, model = bench.sizes.experts
     for tokens in bench.sizes.expert_tokens:
         experts, few = bench.random(count, 2 * inner, model), bench.random(tokens, model)
-        routing = moe_routing.route.eager(bench.random(tokens, count), choices)
+        routing = moe_routing.route.eager(bench.random(tokens, count), moe_routing.Picks(choices))
         used = int((routing.starts.diff() > 0).sum()) * experts[0].nbytes
         yield row(f"experts, {tokens} tokens", used, moe_matmul.triton, few, experts, routing)
         if tokens <= moe_routing.MAX_TOKENS:
             scores = bench.random(tokens, count)
-            yield row(f"routing, {tokens} tokens", scores.nbytes, moe_routing.route.triton, scores, choices)
+            yield row(
+                f"routing, {tokens} tokens", scores.nbytes, moe_routing.route.triton, scores, moe_routing.Picks(choices)
+            )
     for num_rows in bench.sizes.sampled_rows:
         logits = bench.random(num_rows, bench.sizes.vocab, dtype=torch.float32)
         for name, asked in (("greedy", {"temperature": 0.0}), ("plain", {}), *FILTERS.items()):

@@ -24,6 +24,8 @@ class GatedMlp:
     """Activation of the gate: ``silu``, or ``gelu`` in its tanh form."""
     out_norm: bool = False
     """Whether the output is normalised before it is added to the residual; its norms have other names then."""
+    gguf_norm: str = "ffn_norm"
+    """Name of the norm in GGUF."""
 
     def parameters(self, shard: Shard = WHOLE) -> Parameters:
         """See :class:`~neuron.layers.layer.Layer`."""
@@ -35,7 +37,7 @@ class GatedMlp:
         down = Tensor("mlp.down_proj.weight", "ffn_down.weight", (hidden, self.width), columns=run)
         before = "pre_feedforward" if self.out_norm else "post_attention"
         found: Parameters = {
-            "norm": self.norm.vector(f"{before}_layernorm", "ffn_norm"),
+            "norm": self.norm.vector(f"{before}_layernorm", self.gguf_norm),
             "gate_up": Matrix((gate, up), fused=Fused("mlp.gate_up_proj.weight", "ffn_up.weight"), gated=True),
             "down": Matrix((down,)),
         }

@@ -58,6 +58,8 @@ class Vector:
 
     tensors: tuple[Tensor, ...]
     repeats: tuple[int, ...] = ()
+    float32: bool = False
+    """Whether it is float32 in a model of any dtype."""
 
     @property
     def num_elements(self) -> int:

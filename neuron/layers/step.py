@@ -1,14 +1,14 @@
 """Step of T tokens, as the forward pass of layers gets it: operations, the batch, and values that layers share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from neuron.formats.matrix import Matrix
 from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
-from neuron.triton_kernels.experts import Picks
 from neuron.triton_kernels.moe_matmul import Experts
+from neuron.triton_kernels.moe_routing import Picks
 from neuron.triton_kernels.norm import Norm
 from neuron.triton_kernels.operations import Operations
 from neuron.triton_kernels.rotary import Rotary
@@ -81,19 +81,25 @@ class Step:
             x = self._sum_ranks(x)
         residual.add_(x if norm is None else operations.rms_norm(x, *norm))
 
+    def begin_sum(self, residual: torch.Tensor) -> torch.Tensor:
+        """Return the tensor to which a layer adds several results: the residual, unless ranks sum them first."""
+        return residual if self._sum_ranks is None else torch.zeros_like(residual)
+
+    def end_sum(self, added: torch.Tensor, residual: torch.Tensor) -> None:
+        """Add the sum over the ranks of what :meth:`begin_sum` has returned."""
+        if self._sum_ranks is not None:
+            residual.add_(self._sum_ranks(added))
+
     def add_experts(
         self,
         x: torch.Tensor,
         router: torch.Tensor,
         gate_up: Experts,
         down: Experts,
-        residual: torch.Tensor,
+        added: torch.Tensor,
         *,
-        choices: int,
-        normalise: bool,
+        correction: torch.Tensor | None,
+        **picks: Any,
     ) -> None:
-        """Add the weighted sum of the experts that ``router`` picks for each row, over the ranks, to ``residual``."""
-        added = residual if self._sum_ranks is None else torch.zeros_like(residual)
-        self.operations.add_experts(x, router, gate_up, down, Picks(choices, normalise), added)
-        if self._sum_ranks is not None:
-            residual.add_(self._sum_ranks(added))
+        """Add the weighted sum of the experts that ``router`` picks for each row, as in ``picks``."""
+        self.operations.add_experts(x, router, correction, gate_up, down, Picks(**picks), added)

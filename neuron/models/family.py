@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from neuron.layers.attention import Attention
 from neuron.layers.embedding import Embedding, Head
+from neuron.layers.experts import Experts, Router, SharedExpert
 from neuron.layers.layer import Layer
 from neuron.layers.mlp import GatedMlp
 from neuron.layers.norm import Norm
@@ -20,6 +21,11 @@ from neuron.models.rope import rope_of
 
 ACTIVATIONS: Final = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 """Activations of layers, by their names in ``config.json``."""
+
+
+EXPERT_KEYS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
+MAX_EXPERT_MATRICES: Final = 1 << 17
+"""Bound on the experts of all layers together."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +73,33 @@ def mlp_of(fields: Fields, **differences: Any) -> GatedMlp:
     return GatedMlp(**{"norm": norm_of(fields), "width": fields.size("intermediate_size"), **differences})
 
 
+def experts_of(
+    fields: Fields,
+    *,
+    shared: SharedExpert | None = None,
+    transposed: bool = False,
+    gguf_norm: str = "ffn_norm",
+    **picks: Any,
+) -> Experts:
+    """Return the usual experts, whose router differs by ``picks``."""
+    key = next((key for key in EXPERT_KEYS if fields.value(key) is not None), EXPERT_KEYS[0])
+    router = Router(fields.size(key), fields.size("num_experts_per_tok"), **picks)
+    num_layers = fields.size("num_hidden_layers")
+    if router.num_experts * num_layers > MAX_EXPERT_MATRICES:
+        raise ValueError(f"{router.num_experts} experts in {num_layers} layers are more than any model has")
+    width = fields.size("moe_intermediate_size")
+    return Experts(norm_of(fields), router, width, shared, transposed, gguf_norm)
+
+
+def sparse_layers(fields: Fields) -> list[bool]:
+    """Return for each layer of a Qwen model whether it has experts."""
+    num_layers, every = fields.size("num_hidden_layers"), fields.size("decoder_sparse_step", 1)
+    dense = fields.value("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
+        raise CorruptWeightsError(fields.path, f"mlp_only_layers is {quoted(dense)}, not a list of numbers")
+    return [i not in dense and (i + 1) % every == 0 for i in range(num_layers)]
+
+
 def decoder_of(
     name: str,
     fields: Fields,
@@ -76,6 +109,7 @@ def decoder_of(
     embedding_scale: float = 1.0,
     ties_embeddings: bool = False,
     logit_cap: float = 0.0,
+    unused: tuple[str, ...] = (),
 ) -> ModelConfig:
     """Return the model of ``blocks``.
 
@@ -101,6 +135,7 @@ def decoder_of(
         embedding=Embedding(vocab_size, norm.size, embedding_scale),
         blocks=tuple(blocks),
         head=Head(norm, vocab_size, fields.flag("tie_word_embeddings", ties_embeddings), logit_cap),
+        unused=unused,
         context_tokens=max(
             fields.size("max_position_embeddings"), *(layer.rope.longest_tokens for layer in attentions)
         ),

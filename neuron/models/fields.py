@@ -27,11 +27,13 @@ LIMITS: Final = {
     "vocab_size": MAX_VOCABULARY,
     "num_hidden_layers": MAX_LAYERS,
     "head_dim": MAX_HEAD_DIM,
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), MAX_EXPERTS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), MAX_EXPERTS),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), MAX_EXPERTS),
+    **dict.fromkeys(("num_nextn_predict_layers", "first_k_dense_replace"), MAX_LAYERS),
     **dict.fromkeys(
         (
             *("hidden_size", "num_attention_heads", "num_key_value_heads"),
-            *("intermediate_size", "moe_intermediate_size"),
+            *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
         ),
         MAX_WIDTH,
     ),
@@ -54,6 +56,14 @@ GGUF_KEYS: Final = {
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "n_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "norm_topk_prob": "expert_weights_norm",
+    "routed_scaling_factor": "expert_weights_scale",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+    "num_nextn_predict_layers": "nextn_predict_layers",
     "rope_type": "rope.scaling.type",
     "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
@@ -105,14 +115,14 @@ class Fields(abc.ABC):
         found.values = {**self.values, **values}
         return found
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """Return a positive whole number within the limit of its key."""
+    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """Return a whole number from ``least`` to the limit of its key."""
         key, most = self.key(name), LIMITS.get(name, (1 << 31) - 1)
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise CorruptWeightsError(self.path, f"{key} is {quoted(value)}, not a number from 1 to {most}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise CorruptWeightsError(self.path, f"{key} is {quoted(value)}, not a number from {least} to {most}")
         return value
 
     def number(self, name: str, default: float | None = None, *, least: float = 0.0, most: float = MAX_SCALE) -> float:
@@ -146,8 +156,9 @@ class Fields(abc.ABC):
             raise CorruptWeightsError(self.path, f"{key} is {quoted(value)}, not a list of names")
         return tuple(value)
 
-    def flag(self, key: str, default: bool = False) -> bool:
+    def flag(self, name: str, default: bool = False) -> bool:
         """Return a truth value."""
+        key = self.key(name)
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, bool):
@@ -189,6 +200,7 @@ class GgufFields(Fields):
                 "vocab_size": table.shape[0] if table else 0,
                 "tie_word_embeddings": "output.weight" not in tensors,
                 "attention_bias": "blk.0.attn_q.bias" in tensors,
+                "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
                 "mscale": 1.0,
             },
         )

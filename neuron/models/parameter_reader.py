@@ -47,7 +47,9 @@ class ParameterReader:
             case Vector():
                 return self._vector(parameter)
             case Matrix():
-                return Linear(self._matrix(parameter), self._floats(parameter.biases) if parameter.biases else None)
+                return Linear(
+                    self._matrix(parameter), self._floats(parameter.biases, self._dtype) if parameter.biases else None
+                )
             case Constant():
                 if parameter not in self._constants:
                     values = torch.tensor(parameter.values, dtype=torch.float32, device=self._device)
@@ -56,9 +58,10 @@ class ParameterReader:
 
     def _vector(self, vector: Vector) -> torch.Tensor:
         if not vector.repeats:
-            return self._floats(vector.tensors)
+            return self._floats(vector.tensors, torch.float32 if vector.float32 else self._dtype)
         parts = [
-            self._floats([each]).expand(count, -1) for each, count in zip(vector.tensors, vector.repeats, strict=True)
+            self._floats([each], self._dtype).expand(count, -1)
+            for each, count in zip(vector.tensors, vector.repeats, strict=True)
         ]
         return torch.cat(parts)
 
@@ -71,7 +74,7 @@ class ParameterReader:
             zip(forms, alone, matrix.tensors, strict=True), lambda each: each[:2]
         ):
             tensors = [tensor for *_, tensor in group]
-            parts.append(self._floats(tensors) if form is None else self._quantized(form, tensors))
+            parts.append(self._floats(tensors, self._dtype) if form is None else self._quantized(form, tensors))
         if len(parts) > 1:
             return StackedMatrix(tuple(parts))
         whole = parts[0]
@@ -79,10 +82,10 @@ class ParameterReader:
             return whole.view(matrix.num_experts, -1, whole.shape[-1])
         return whole
 
-    def _floats(self, tensors: Sequence[Tensor]) -> torch.Tensor:
-        """Return the concatenation of vectors, or of the rows of matrices, in the dtype."""
+    def _floats(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return the concatenation of vectors, or of the rows of matrices."""
         num_rows, width = sum(len(tensor.rows) for tensor in tensors), len(tensors[0].columns)
-        fused = torch.empty((num_rows, width) if width else (num_rows,), dtype=self._dtype, device=self._device)
+        fused = torch.empty((num_rows, width) if width else (num_rows,), dtype=dtype, device=self._device)
         start = 0
         for tensor in tensors:
             stop = start + len(tensor.rows)

@@ -141,7 +141,9 @@ class Preparation:
 
 
 def _steps(config: ModelConfig) -> tuple[int, ...]:
-    experts = {(layer.num_experts, layer.choices) for layer in config.layers if isinstance(layer, Experts)}
+    experts = {
+        (layer.router.num_experts, layer.router.choices) for layer in config.layers if isinstance(layer, Experts)
+    }
     edges = [rows * count // picked for count, picked in experts for rows in EXPERT_ROWS]
     return (*STEPS, *(edge + after for edge in edges for after in (0, 1)))
 

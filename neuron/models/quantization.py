@@ -91,6 +91,8 @@ def weights_bytes(config: ModelConfig, dtype: str, quant: str, shard: Shard = WH
     constants = set[Constant]()
     for parameter in (each for parameters in config.parameters(shard) for each in parameters.values()):
         match parameter:
+            case Vector(float32=True):
+                num_bytes += 4 * parameter.num_elements
             case Vector():
                 num_floats += parameter.num_elements
             case Matrix():

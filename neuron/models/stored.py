@@ -34,8 +34,15 @@ def by_tensor(
             name = parameter.fused.gguf if gguf else parameter.fused.name
             if name in left:
                 found |= _runs(left.pop(name), parameter, where)
-        found |= {name: left.pop(other) for name, other in own.items() if other in left}
+        for tensor in tensors_of(parameter):
+            if own[tensor.name] in left:
+                found[tensor.name] = _as_matrix(left.pop(own[tensor.name]), tensor.shape)
     return {**left, **found}
+
+
+def _as_matrix(stored: Stored, shape: tuple[int, ...]) -> Stored:
+    """Return ``stored``; as a matrix of one row, which GGUF has as a vector, where ``shape`` is one."""
+    return dataclasses.replace(stored, shape=shape) if (1, *stored.shape) == shape else stored
 
 
 def _runs(whole: Stored, matrix: Matrix, where: object) -> dict[str, Stored]:

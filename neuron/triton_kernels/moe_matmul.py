@@ -15,7 +15,7 @@ from neuron.formats.matrix import QuantizedMatrix
 from neuron.formats.schemes import EXAMPLES
 from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
-from neuron.triton_kernels.moe_routing import Routing, route
+from neuron.triton_kernels.moe_routing import Picks, Routing, route
 from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 from neuron.triton_kernels.prefill_attention import find_block
 from neuron.triton_kernels.quantized_matmul import FORMS, launch_product, quantized_matmul, shapes_of_forms
@@ -124,7 +124,7 @@ def _cases(check: Run, make: Make, form: str) -> None:
     for tokens, experts, choices, depth, width in shapes if form == "of floats" else ((37, 5, 3, 256, 40),):
         weight = make(experts * width, depth, dtype=torch.float32, scale=depth**-0.5)
         own = FORMS[form](weight) if form in FORMS else weight.to(make.dtype).view(experts, width, depth)
-        routing = route.eager(make(tokens, experts), choices)
+        routing = route.eager(make(tokens, experts), Picks(choices))
         check(make(tokens, depth), own, routing)
         check(make(tokens, depth), own, routing, weighted=True)
         check(make(tokens * choices, depth), own, routing, weighted=True)

@@ -6,7 +6,7 @@ second gives each token its place in the order (a counting sort).
 """
 
 import dataclasses
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -15,8 +15,14 @@ from neuron.triton_kernels.launch import cdiv, launch, power_of_two
 from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 
 MAX_TOKENS: Final = 64
-"""Most tokens of one program: a tile of them by all experts stays in registers."""
+MAX_TILE: Final = 64 * 128
+"""Most tokens of one program, and most elements of its tile of tokens by experts, which stays in registers."""
 BLOCK_HIDDEN: Final = 1024
+LEAST: Final = 1e-20
+"""What is added to a sum of weights before it divides, as in the models' own code."""
+SMALL = tl.constexpr(LEAST)
+ABSENT, TAKEN = tl.constexpr(-1e30), tl.constexpr(-2e30)
+"""Weights of experts that are not there, and of those already taken."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,16 +38,36 @@ class Routing:
     choices: int
 
 
+class Picks(NamedTuple):
+    """Choice of experts, as :class:`neuron.layers.experts.Router` describes it."""
+
+    choices: int
+    normalise: bool = True
+    sigmoid: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+
 @Operation
-def route(scores: torch.Tensor, choices: int, *, normalise: bool = True) -> Routing:
-    """Choose the ``choices`` likeliest experts of each token from router ``scores`` ``[T, E]``.
+def route(scores: torch.Tensor, picks: Picks, correction: torch.Tensor | None = None) -> Routing:
+    """Choose experts for each token from router ``scores`` ``[T, E]``; ``correction`` ``[E]`` is float32.
 
     Kernels take the lower number first among equally likely experts, torch any.
     """
-    probabilities = scores.float().softmax(-1)
-    weights, experts = probabilities.topk(choices, dim=-1)
-    if normalise:
-        weights = weights / weights.sum(-1, keepdim=True)
+    choices = picks.choices
+    shares = scores.float().sigmoid() if picks.sigmoid else scores.float().softmax(-1)
+    wanted = shares if correction is None else shares + correction
+    if picks.num_groups > 1:
+        groups = wanted.unflatten(1, (picks.num_groups, -1))
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(picks.top_groups, dim=-1).indices
+        kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(1, best, True)
+        wanted = groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
+    experts = wanted.topk(choices, dim=-1).indices
+    weights = shares.gather(1, experts)
+    if picks.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + LEAST)
+    weights = weights * picks.scale
     flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
     numbers = torch.arange(scores.shape[1] + 1, device=scores.device)
@@ -49,10 +75,29 @@ def route(scores: torch.Tensor, choices: int, *, normalise: bool = True) -> Rout
     return Routing(order.to(torch.int32), starts.to(torch.int32), weights.reshape(-1).contiguous(), choices)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _group_choices(wanted, e, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """Return ``wanted`` with ABSENT for experts that are not in the groups with the best sums of two."""
+    group = (e // SIZE)[None, :]
+    sums = tl.full(wanted.shape, ABSENT, tl.float32)
+    for g in range(NUM_GROUPS):
+        own = tl.where(group == g, wanted, ABSENT)
+        best = tl.max(own, 1)
+        others = tl.where(e[None, :] == tl.argmax(own, 1)[:, None], ABSENT, own)
+        sums = tl.where(group == g, (best + tl.max(others, 1))[:, None], sums)
+    kept = tl.full(wanted.shape, ABSENT, tl.float32)
+    for _ in range(TOP_GROUPS):
+        picked = group == (tl.argmax(sums, 1) // SIZE)[:, None]
+        kept = tl.where(picked, wanted, kept)
+        sums = tl.where(picked, TAKEN, sums)
+    return kept
+
+
+@triton.jit(do_not_specialize=["T", "scale"])
 def _route_kernel(
-    scores, order, starts, weights, T,
-    E: tl.constexpr, CHOICES: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    scores, correction, order, starts, weights, T, scale,
+    E: tl.constexpr, CHOICES: tl.constexpr, NORMALISE: tl.constexpr, SIGMOID: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     t = tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
@@ -60,39 +105,52 @@ def _route_kernel(
     score = tl.load(scores + t[:, None] * E + e[None, :], mask=inside, other=float("-inf")).to(tl.float32)
     # A row beyond the last is uniform: its result is not stored, and holds no NaN.
     score = tl.where((t < T)[:, None], score, tl.where((e < E)[None, :], 0.0, float("-inf")))
-    share = tl.exp(score - tl.max(score, 1)[:, None])
-    share = tl.where((e < E)[None, :], share / tl.sum(share, 1)[:, None], -1.0)
+    if SIGMOID:
+        share = 1.0 / (1.0 + tl.exp(-score))
+    else:
+        share = tl.exp(score - tl.max(score, 1)[:, None])
+        share = share / tl.sum(share, 1)[:, None]
+    wanted = share
+    if correction is not None:
+        wanted += tl.load(correction + e, mask=e < E, other=0.0)[None, :]
+    wanted = tl.where((e < E)[None, :], wanted, ABSENT)
+    if NUM_GROUPS > 1:
+        wanted = _group_choices(wanted, e, NUM_GROUPS, TOP_GROUPS, E // NUM_GROUPS)
 
-    left = share
+    left = wanted
     total = tl.zeros([BLOCK_T], tl.float32)
     for _ in range(CHOICES):
         chosen = e[None, :] == tl.argmax(left, 1)[:, None]
-        total += tl.max(left, 1)
-        left = tl.where(chosen, -2.0, left)
-    routed = tl.where(inside & (left == -2.0), 1, 0)
+        total += tl.sum(tl.where(chosen, share, 0.0), 1)
+        left = tl.where(chosen, TAKEN, left)
+    routed = tl.where(inside & (left == TAKEN), 1, 0)
     count = tl.sum(routed, 0)
     first = tl.cumsum(count, 0) - count
     tl.store(starts + e, first, mask=e < E)
     tl.store(starts + E, T * CHOICES)
     place = first[None, :] + tl.cumsum(routed, 0) - routed
 
-    left = share
+    left = wanted
     for choice in range(CHOICES):
         chosen = e[None, :] == tl.argmax(left, 1)[:, None]
-        weight = tl.max(left, 1)
+        weight = tl.sum(tl.where(chosen, share, 0.0), 1)
         if NORMALISE:
-            weight /= total
+            weight /= total + SMALL
+        weight *= scale
         pair = t * CHOICES + choice
         tl.store(weights + pair, weight, mask=t < T)
         tl.store(order + tl.sum(tl.where(chosen, place, 0), 1), pair, mask=t < T)
-        left = tl.where(chosen, -2.0, left)
+        left = tl.where(chosen, TAKEN, left)
 
 
 @route.launcher
-def _launch_route(scores: torch.Tensor, choices: int, *, normalise: bool = True) -> Routing:
+def _launch_route(scores: torch.Tensor, picks: Picks, correction: torch.Tensor | None = None) -> Routing:
     num_tokens, num_experts = scores.shape
-    if num_tokens > MAX_TOKENS:
-        return route.eager(scores, choices, normalise=normalise)
+    choices = picks.choices
+    block_e = max(power_of_two(num_experts), 16)
+    most = min(MAX_TOKENS, MAX_TILE // block_e)
+    if num_tokens > most:
+        return route.eager(scores, picks, correction)
     pairs, device = num_tokens * choices, scores.device
     routing = Routing(
         order=torch.empty(pairs, dtype=torch.int32, device=device),
@@ -100,35 +158,40 @@ def _launch_route(scores: torch.Tensor, choices: int, *, normalise: bool = True)
         weights=torch.empty(pairs, dtype=torch.float32, device=device),
         choices=choices,
     )
-    block_t = 1 if num_tokens == 1 else 16 if num_tokens <= 16 else MAX_TOKENS
-    block_e = max(power_of_two(num_experts), 16)
+    block_t = 1 if num_tokens == 1 else min(16, most) if num_tokens <= 16 else most
     launch(
         _route_kernel,
         (1,),
         routing,
-        scores=scores, T=num_tokens, E=num_experts, CHOICES=choices, NORMALISE=normalise, BLOCK_T=block_t,
-        BLOCK_E=block_e, num_warps=min(max(block_t * block_e // 512, 1), 16),
+        scores=scores, correction=correction, T=num_tokens, scale=picks.scale, E=num_experts, CHOICES=choices,
+        NORMALISE=picks.normalise, SIGMOID=picks.sigmoid, NUM_GROUPS=picks.num_groups, TOP_GROUPS=picks.top_groups,
+        BLOCK_T=block_t, BLOCK_E=block_e, num_warps=min(max(block_t * block_e // 512, 1), 16),
     )  # fmt: skip
     return routing
 
 
 @route.cases(dtypes=HALF_TYPES)
 def _route_cases(check: Run, make: Make) -> None:
-    for tokens, experts, choices, normalise in (
-        (1, 128, 8, True),
-        (7, 5, 3, False),
-        (16, 16, 1, True),
-        (61, 20, 9, True),
+    for tokens, experts, picks in (
+        (1, 128, Picks(8)),
+        (7, 5, Picks(3, normalise=False)),
+        (16, 16, Picks(1)),
+        (61, 20, Picks(9, scale=1.5)),
+        (7, 20, Picks(3, sigmoid=True, scale=2.5)),
+        (17, 24, Picks(5, sigmoid=True, num_groups=4, top_groups=2)),
     ):
         # No two are equally likely: torch chooses among such arbitrarily.
         ranks = torch.stack([torch.randperm(experts, device=make.device) for _ in range(tokens)])
-        check((ranks / 16).to(make.dtype), choices, normalise=normalise)
+        # So large a correction that it decides, and differs from group to group.
+        correction = torch.linspace(-2, 2, experts, device=make.device).roll(3) if picks.sigmoid else None
+        check((ranks / 16).to(make.dtype), picks, correction)
 
 
 @route.launches()
 def _route_launches(run: Run, make: Make) -> None:
     for tokens in (1, 8, 64):
-        run(make(tokens, 128), 8)
+        run(make(tokens, 128), Picks(8))
+        run(make(tokens, 160), Picks(8, sigmoid=True), make(160, dtype=torch.float32))
 
 
 @Operation

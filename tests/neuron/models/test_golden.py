@@ -49,6 +49,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.1,
         },
     },
+    "glm4_moe": {
+        "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 6,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 3, "topk_group": 2,
+        "first_k_dense_replace": 1, "routed_scaling_factor": 1.8, "attention_bias": True, "use_qk_norm": True,
+    },
+    "phi3": {
+        "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]},
+    },
     "gemma3": {
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window": 20,
         "sliding_window_pattern": 3, "query_pre_attn_scalar": 9, "final_logit_softcapping": 5.0,

@@ -68,6 +68,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "kind": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
         "norm_topk_prob": False,
     },
+    "qwen2-moe": {
+        "kind": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28,
+        "shared_expert_intermediate_size": 36, "mlp_only_layers": [1],
+    },
+    "glm4-moe": {
+        "kind": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 28,
+        "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.8,
+        "attention_bias": True, "use_qk_norm": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
     # A window shorter than the prompts, in two layers of three, and in the other none.
     "gemma3": {
         "kind": "gemma3", "sliding_window": 20, "sliding_window_pattern": 3, "query_pre_attn_scalar": 9,

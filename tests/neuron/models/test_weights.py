@@ -57,13 +57,14 @@ def export_gguf(
     """Write a safetensors checkpoint as llama.cpp's converter does, Llama's query and key rows interleaved."""
     config = read_config(folder)
     name = FAMILIES[config.family].gguf_name or config.family
-    attention, mlp = config.blocks[0]
+    attention, mlp = config.blocks[0][0], config.blocks[-1][-1]
     declared = config.tensors()
     writer = gguf.GGUFWriter(path, name)
-    writer.add_block_count(len(config.blocks))
+    drafting = int(name == "glm4moe")
+    writer.add_block_count(len(config.blocks) + drafting)
     writer.add_context_length(config.context_tokens)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(mlp.width)
+    writer.add_feed_forward_length(config.blocks[0][-1].width)
     writer.add_head_count(attention.num_heads)
     writer.add_head_count_kv(attention.num_kv_heads)
     writer.add_key_length(attention.head_dim)
@@ -87,9 +88,21 @@ def export_gguf(
     if attention.window_tokens:
         writer.add_sliding_window(attention.window_tokens)
     if isinstance(mlp, Experts):
-        writer.add_expert_count(mlp.num_experts)
-        writer.add_expert_used_count(mlp.choices)
+        writer.add_expert_count(mlp.router.num_experts)
+        writer.add_expert_used_count(mlp.router.choices)
         writer.add_expert_feed_forward_length(mlp.width)
+    if name == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(mlp.shared.width)
+    if name == "glm4moe":
+        raw = json.loads((folder / "config.json").read_text())
+        writer.add_leading_dense_block_count(raw["first_k_dense_replace"])
+        writer.add_expert_shared_count(raw["n_shared_experts"])
+        writer.add_expert_weights_scale(raw["routed_scaling_factor"])
+        writer.add_expert_weights_norm(raw["norm_topk_prob"])
+        writer.add_expert_group_count(raw["n_group"])
+        writer.add_expert_group_used_count(raw["topk_group"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_nextn_predict_layers(1)
     experts: dict[str, dict[int, np.ndarray]] = {}
     matrices = (each for parameters in config.parameters() for each in parameters.values() if isinstance(each, Matrix))
     fused = {matrix.fused.name: matrix.fused.gguf for matrix in matrices if matrix.fused}
@@ -105,6 +118,7 @@ def export_gguf(
             experts.setdefault(stem, {})[int(number)] = values
             continue
         values = in_order(values, declared[tensor_name])
+        values = values[0] if tensor_name.endswith("shared_expert_gate.weight") else values
         packs = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         stored = kind if packs else Kind.F32
         packed = stored_as(values, stored)
@@ -113,6 +127,8 @@ def export_gguf(
         values = np.stack([parts[number] for number in range(len(parts))])
         stored = kind if values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Kind.F32
         writer.add_tensor(stem + ".weight", stored_as(values, stored), raw_dtype=stored)
+    if drafting:
+        writer.add_tensor(f"blk.{len(config.blocks)}.nextn.enorm.weight", np.ones(config.hidden_size, np.float32))
     for tensor_name, values in (extra or {}).items():
         writer.add_tensor(tensor_name, values)
     writer.write_header_to_file()
@@ -135,7 +151,19 @@ PHI_ROPE = {
 
 @pytest.fixture(
     scope="module",
-    params=["llama", "qwen3", "llama-bias", "qwen2", "qwen3_moe", "gemma3", "ministral3", "phi3", "smollm3"],
+    params=[
+        "llama",
+        "qwen3",
+        "llama-bias",
+        "qwen2",
+        "qwen3_moe",
+        "gemma3",
+        "ministral3",
+        "phi3",
+        "smollm3",
+        "qwen2_moe",
+        "glm4_moe",
+    ],
 )
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
     kind, _, bias = request.param.partition("-")
@@ -149,6 +177,26 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pa
         },
         "ministral3": {"rope_parameters": MINISTRAL_ROPE},
         "phi3": {"rope_parameters": PHI_ROPE, "original_max_position_embeddings": 64, "sliding_window": 100},
+        "qwen2_moe": {
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "num_hidden_layers": 2,
+        },
+        "glm4_moe": {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "num_hidden_layers": 2,
+        },
         "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": True},
     }
     changes = {"attention_bias": bool(bias)} if kind in {"llama", "qwen3", "qwen3_moe"} else {}
