@@ -19,7 +19,7 @@ MAX_TILE: Final = 64 * 128
 """Most tokens of one program, and most elements of its tile of tokens by experts, which stays in registers."""
 BLOCK_HIDDEN: Final = 1024
 LEAST: Final = 1e-20
-"""What is added to a sum of weights before it divides, as in the models' own code."""
+"""Number added to a sum of weights before it divides, as in the models' own code."""
 SMALL = tl.constexpr(LEAST)
 ABSENT, TAKEN = tl.constexpr(-1e30), tl.constexpr(-2e30)
 """Weights of experts that are not there, and of those already taken."""
