@@ -187,11 +187,10 @@ class ModelEngine:
         return step
 
     def _propose(self, decoding: list[Sequence]) -> None:
-        sampler = self.executor.sampler
-        able = [s for s in decoding if not s.num_awaited and sampler.can_verify_drafts(s.slot)]
         # A prompt may end in this step and then takes a row as well.
         num_rows = self.plan.sampled_rows - len(self.scheduler.running)
-        self.speculation.propose(len(decoding), able, num_rows, self.scheduler.reserve)
+        can_verify = self.executor.sampler.can_verify_drafts
+        self.speculation.propose(decoding, can_verify, num_rows, self.scheduler.reserve)
 
     def _launch(self, step: Step | None, output: StepOutput) -> int:
         """Plan a step and queue it on the device; return the number of steps that stay in flight for the next one."""

@@ -5,7 +5,7 @@ row's draw never depends on the others.
 """
 
 import functools
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class NativeExecutor:
         ids = np.empty(num_sampled, np.int32)
         finite = np.empty(len(plan.context_lens), np.int32)
         hidden: Float32Array = np.empty((len(plan.hidden_rows), self.config.hidden_size), np.float32)
-        logprobs: dict[int, TokenLogprobs] = {}
+        later = np.empty((plan.num_steps - 1, num_sampled), np.int32)
         is_plain = self.sampler.draws_plainly(plan.slots)
         draws: Draws | None = None
         logits: torch.Tensor | None = None
@@ -85,7 +85,6 @@ class NativeExecutor:
             draws.temperature[~is_plain] = -1.0
         if num_sampled and (draws is None or draws.temperature.any()):
             logits = self._rows()[:num_sampled]
-        later = np.empty((plan.num_steps - 1, num_sampled), np.int32)
         num_steps = self._model.run(
             plan.token_ids,
             np.ascontiguousarray(plan.positions),
@@ -105,21 +104,27 @@ class NativeExecutor:
             stops=np.unique(plan.stops[plan.stops >= 0]) if plan.num_steps > 1 else None,
             channel_fd=self._channel_fd,
         )
+        logprobs: dict[int, TokenLogprobs] = {}
         if logits is not None and not is_plain.all():
-            which = np.flatnonzero(~is_plain)
-            with torch.inference_mode():
-                rows = logits if draws is None else logits[torch.from_numpy(which)]
-                rows = rows[:, : self.config.vocab_size]
-                if cap := self.config.head.logit_cap:  # monotonic, so greedy rows need none
-                    rows = rows.div_(cap).tanh_().mul_(cap)
-                slots, num_output = plan.slots[which], plan.num_output[which]
-                if len(plan.targets):
-                    ids[which] = self.sampler.score(rows, slots, num_output, plan.targets[which]).numpy()
-                else:
-                    ids[which] = self.sampler.sample(rows, slots, num_output).numpy()
-                if self.sampler.report is not None:
-                    logprobs = {int(which[row]): found for row, found in self.sampler.report.rows().items()}
+            logprobs = self._sample(plan, logits, np.flatnonzero(~is_plain), ids)
         return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_steps - 1]))
+
+    @torch.inference_mode()
+    def _sample(
+        self, plan: StepPlan, logits: torch.Tensor, which: np.ndarray[Any, Any], ids: Int32Array
+    ) -> dict[int, TokenLogprobs]:
+        """Sample the rows ``which`` of ``logits`` into ``ids``; return the log probabilities of the rows by number."""
+        rows = logits if len(which) == len(logits) else logits[torch.from_numpy(which)]
+        rows = rows[:, : self.config.vocab_size]
+        if cap := self.config.head.logit_cap:
+            rows = rows.div_(cap).tanh_().mul_(cap)
+        slots, num_output = plan.slots[which], plan.num_output[which]
+        if len(plan.targets):
+            ids[which] = self.sampler.score(rows, slots, num_output, plan.targets[which]).numpy()
+        else:
+            ids[which] = self.sampler.sample(rows, slots, num_output).numpy()
+        report = self.sampler.report
+        return {} if report is None else {int(which[row]): found for row, found in report.rows().items()}
 
     def _rows(self) -> torch.Tensor:
         """Return the rows of logits ``[sampled rows, V padded]``, and behind them a scratch row for each thread."""

@@ -101,14 +101,23 @@ class Speculation:
         self.num_proposed = self.num_accepted = 0
 
     def propose(
-        self, num_decoding: int, able: list[Sequence], num_rows: int, reserve: Callable[[Sequence, int], int]
+        self,
+        decoding: list[Sequence],
+        can_verify: Callable[[int], bool],
+        num_rows: int,
+        reserve: Callable[[Sequence, int], int],
     ) -> None:
-        """Give ``able`` up to ``num_rows`` draft tokens in all, if that should pay in a step of ``num_decoding``.
+        """Give sequences of a step that are ``decoding`` up to ``num_rows`` draft tokens in all, if that should pay.
 
-        ``reserve`` reserves pages for so many tokens behind a sequence's next and returns how many there are.
+        ``can_verify`` takes a slot and returns whether several of its rows may be sampled at once. ``reserve`` reserves
+        pages for so many tokens behind a sequence's next and returns how many there are.
         """
+        num_decoding = len(decoding)
+        if not self._max_drafts or self._step_timer.step_s(num_decoding) is None:
+            return
+        able = [sequence for sequence in decoding if not sequence.num_awaited and can_verify(sequence.slot)]
         most = min(self._max_drafts, num_rows // max(1, len(able)))
-        if not able or most < 1 or self._step_timer.step_s(num_decoding) is None:
+        if not able or most < 1:
             return
         available = self.drafter.available(able, most)
         depth = self._depth(num_decoding, able, available)

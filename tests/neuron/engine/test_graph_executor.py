@@ -413,7 +413,8 @@ def test_a_step_may_follow_one_with_more_rows_than_sequences(
     set_engine(speculation=True)
     num_drafts: list[int] = []
 
-    def propose(self: Any, num_decoding: int, able: list[Any], num_rows: int, reserve: Callable[..., int]) -> None:
+    def propose(self: Any, decoding: list[Any], can_verify: Any, num_rows: int, reserve: Callable[..., int]) -> None:
+        able = [sequence for sequence in decoding if not sequence.num_awaited and can_verify(sequence.slot)]
         for sequence in able[:1]:
             sequence.drafts = np.full(min(9, num_rows, reserve(sequence, 9)), 5, np.int32)
             num_drafts.append(len(sequence.drafts))

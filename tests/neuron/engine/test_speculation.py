@@ -25,7 +25,7 @@ def speculation(row_s: float, acceptance_rate: float) -> int:
     tokens = np.tile(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], np.int32), 4)
     s = Sequence(1, tokens, 100, frozenset(), SamplerSettings())
     s.acceptance_rate = acceptance_rate
-    Speculation(PromptLookup(), step_timer).propose(1, [s], 15, lambda _, count: count)
+    Speculation(PromptLookup(), step_timer).propose([s], lambda _: True, 15, lambda _, count: count)
     return len(s.drafts)
 
 
@@ -45,7 +45,7 @@ def test_an_acceptance_rate_is_learned_and_forgotten() -> None:
     tries = 0
     for _ in range(300):
         s.drafts = s.drafts[:0]
-        found.propose(1, [s], 15, lambda _, count: count)
+        found.propose([s], lambda _: True, 15, lambda _, count: count)
         if len(s.drafts):
             tries += 1
             found.learn(s, 0)
