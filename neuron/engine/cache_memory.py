@@ -60,7 +60,7 @@ class LayerCaches:
                 self._states[to].zero_()
 
     def clear(self, tables: Sequence[Int32Array]) -> None:
-        """Zero pages of each table, and behind these slots, so that a NaN in them cannot reach the next sequence.
+        """Zero pages of each table, and the state slots behind them; see :class:`~neuron.engine.executor.Executor`.
 
         Tokens beyond a sequence's end in its last page are masked, and zero times NaN is NaN.
         """

@@ -68,7 +68,7 @@ class EagerExecutor:
         self.last_ids = ids
         return DeviceStep.behind(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
 
-    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+    def clear(self, tables: tuple[Int32Array, ...]) -> None:
         """See :class:`~neuron.engine.executor.Executor`."""
         self.caches.clear(tables)
 

@@ -60,8 +60,11 @@ class Executor(Protocol):
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Begin a step."""
 
-    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
-        """Zero pages of each of its tables, so that a NaN in them cannot reach the next sequence that gets them."""
+    def clear(self, tables: tuple[Int32Array, ...]) -> None:
+        """Zero pages of each of its tables, so that a NaN in them cannot reach the next sequence that gets them.
+
+        Behind the tables may be state slots.
+        """
 
     def close(self) -> None:
         """Release what it holds beside memory: graphs, the other ranks."""

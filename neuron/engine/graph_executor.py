@@ -102,9 +102,9 @@ class GraphExecutor:
         size = min((size for size in self._buckets if size >= plan.num_decodes), default=0)
         return self._replay(self._buckets[size], plan) if size else self._eager.launch(plan)
 
-    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+    def clear(self, tables: tuple[Int32Array, ...]) -> None:
         """See :class:`~neuron.engine.executor.Executor`."""
-        self._eager.clear_pages(tables)
+        self._eager.clear(tables)
 
     def close(self) -> None:
         """Destroy the graphs, once the device is done with the memory they write."""

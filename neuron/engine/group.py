@@ -41,7 +41,7 @@ _BACKEND: Final = {"cuda": "nccl", "cpu": "gloo"}
 
 
 class Cleared(msgspec.Struct, frozen=True, tag="cleared"):
-    """Pages to be zeroed in each table, as int32."""
+    """Pages to be zeroed in each table, and state slots behind them, as int32."""
 
     tables: tuple[bytes, ...]
 

@@ -254,7 +254,7 @@ class ModelEngine:
                 # Pages before these are full, sound, and maybe shared.
                 unsettled = self.scheduler.cache.unsettled(sequence)
                 for executor in self._executors:
-                    executor.clear_pages(unsettled)
+                    executor.clear(unsettled)
                 self._fail([sequence], NonFiniteLogitsError(self.name), output)
                 continue
             try:

@@ -133,7 +133,7 @@ class NativeExecutor:
             self._logits = torch.empty((num_rows, packed.padded(self.config.vocab_size)), dtype=torch.float32)
         return self._logits
 
-    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+    def clear(self, tables: tuple[Int32Array, ...]) -> None:
         """See :class:`~neuron.engine.executor.Executor`."""
         self.caches.clear(tables)
 

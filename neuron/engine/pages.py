@@ -3,7 +3,7 @@
 Pages are reference-counted, because sequences with a common prefix share them. A full page may be *published* under a
 key that stands for its tokens and all before them (:mod:`neuron.engine.prefix`); without references it is kept until
 its memory is needed, least recently used first. No tensors here. Page 0 is never allocated: it pads page tables and
-stays zero, so that padding never belongs to a sequence.
+stays zero, so that padding never belongs to a sequence. State slots (:mod:`neuron.engine.states`) are such pages too.
 """
 
 import collections

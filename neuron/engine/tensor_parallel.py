@@ -63,10 +63,10 @@ class Leader:
             self._group.send(plan)
             return self._executor.launch(plan)
 
-    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+    def clear(self, tables: tuple[Int32Array, ...]) -> None:
         """Zero pages of each table on all ranks."""
         self._group.send(tables)
-        self._executor.clear_pages(tables)
+        self._executor.clear(tables)
 
     def close(self) -> None:
         """Leave the other ranks."""
@@ -94,7 +94,7 @@ class Follower:
             case None:
                 return False
             case Cleared(tables):
-                self.executor.clear_pages(tuple(np.frombuffer(pages, np.int32).copy() for pages in tables))
+                self.executor.clear(tuple(np.frombuffer(pages, np.int32).copy() for pages in tables))
             case _:
                 with _ends_group(f"rank {self.group.rank}"):
                     self.executor.launch(plan_of(message))

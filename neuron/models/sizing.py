@@ -133,6 +133,7 @@ def with_sizes(plan: MemoryPlan, cache_sizes: tuple[int, ...]) -> MemoryPlan:
         plan,
         num_pages=num_pages,
         context_tokens=min(plan.context_tokens, num_pages * PAGE_TOKENS),
+        max_sequences=plan.max_sequences if states is None else min(plan.max_sequences, num_slots),
         kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables, states),
         window_tables=window_tables,
         states=states,
@@ -355,6 +356,8 @@ def plan_memory(
             f"cache for {cached} {_gib(sizes.total(num_pages, num_running))})",
             needs,
         )
+    if states is not None:
+        max_sequences = min(max_sequences, states.num_slots)
     found: MemoryPlan | None = None
     for costs in reversed(each):
         window_tables = sizes.tables(num_pages, num_running) if costs is own else ()

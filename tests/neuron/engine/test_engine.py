@@ -322,7 +322,7 @@ def test_a_device_fault_is_recognised_at_every_call(driver: Any, monkeypatch: py
         raise cuda_error(700, "an illegal memory access was encountered")
 
     with monkeypatch.context() as clearing:
-        clearing.setattr(driver.model().executor, "clear_pages", fail)
+        clearing.setattr(driver.model().executor, "clear", fail)
         poison(driver, 100)
         driver.generate(1, [*PROMPT, 100], 5)
         with pytest.raises(DeviceFault, match="illegal memory access") as caught:

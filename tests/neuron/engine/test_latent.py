@@ -57,5 +57,5 @@ def test_latents_are_paged_counted_shared_and_cleared(
     for number in range(2, 6):
         assert plain.output_alone([*PROMPT[: 9 * number], 5], 30) == driver.outputs()[number]
     pages = torch.arange(1, 4, dtype=torch.int32).numpy()
-    model.executor.clear_pages((pages,))
+    model.executor.clear((pages,))
     assert not any(tensor[1:4].any() for tensor in tensors)

@@ -18,7 +18,7 @@ from neuron.models import sizing
 from neuron.models.config import read_config
 from neuron.models.errors import DoesNotFitError
 from neuron.models.model import ModelConfig
-from neuron.models.sizing import PAGE_TOKENS, plan_memory, with_sizes
+from neuron.models.sizing import PAGE_TOKENS, least_bytes, plan_memory, with_sizes
 
 STATES = StateSlots(num_slots=12, slot_bytes=0, checkpoint_pages=16)
 LIMITS = Limits(
@@ -249,7 +249,7 @@ def test_states_are_counted_in_full_and_checkpoints_take_no_more_than_pages(conf
     assert without.states == StateSlots(16, plan.states.slot_bytes)
     least = with_sizes(plan, (*plan.cache_sizes[:-1], 3))
     assert least.states is not None
-    assert least.states.num_slots == 3
+    assert least.states.num_slots == least.max_sequences == 3
     assert plan.kv_cache_bytes - least.kv_cache_bytes == (plan.states.num_slots - 3) * plan.states.slot_bytes
 
 
@@ -262,6 +262,11 @@ def test_a_small_cache_is_divided_among_running_states_checkpoints_and_pages(con
     num_checkpoints = plan.num_pages // plan.states.checkpoint_pages
     assert plan.states.num_slots - num_checkpoints == 6, "a quarter for those that run"
     assert num_checkpoints * plan.states.slot_bytes > 6 * MIB
+    assert plan.max_sequences == plan.states.num_slots, "more could never run"
+    least = least_bytes(config, spec, "cpu:0", cpu_kernels=False)
+    assert plan_memory(config, spec, "cpu:0", least, cpu_kernels=False).total_bytes == least
+    with pytest.raises(DoesNotFitError):
+        plan_memory(config, spec, "cpu:0", least - 1, cpu_kernels=False)
     fewest = ModelSpec("m", "x", dtype="float32", context_tokens=256, kv_cache_bytes=MIB)
     with pytest.raises(InvalidRequestError, match="kv_cache_bytes is 1048576; 256 tokens need"):
         plan_memory(config, fewest, "cpu:0", 1 << 33, cpu_kernels=False)

@@ -186,7 +186,7 @@ class Device:
         self.last_ids = [max(0, token) for token in ids]
         return StepOutcome(np.array(ids, np.int32), finite, hidden, {})
 
-    def clear_pages(self, tables: tuple[np.ndarray[Any, Any], ...]) -> None:
+    def clear(self, tables: tuple[np.ndarray[Any, Any], ...]) -> None:
         assert len(tables) == len(self.caches) + bool(self.states)
         for slot in tables[-1].tolist() if self.states else ():
             self.states[slot] = 0
