@@ -24,10 +24,12 @@ class Quantization(enum.Enum):
     IQ4 = "iq4"
     """Code of a level of GGUF's IQ4 kinds, which are finer near zero."""
 
+    INT2 = "int2"
+
     @property
     def bits(self) -> int:
         """Return the bits of a quant."""
-        return 8 if self in (Quantization.INT8, Quantization.FP8) else 4
+        return {Quantization.INT8: 8, Quantization.FP8: 8, Quantization.INT2: 2}.get(self, 4)
 
     @property
     def per_byte(self) -> int:

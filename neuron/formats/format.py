@@ -94,6 +94,10 @@ class StoredFormat:
         """Return its layout on the device for rows of ``columns``."""
         return self.device_layout
 
+    def unit(self, columns: int) -> int:
+        """Return the divisor of the columns of rows, and of a rank's part of them."""
+        return max(self.block, self.device_layout.unit)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RoundedFormat:
@@ -106,8 +110,21 @@ class RoundedFormat:
     quantize: "Callable[[torch.Tensor], QuantizedMatrix]"
     """Function of a matrix ``[N, K]``, which returns it rounded."""
 
+    def unit(self, columns: int) -> int:
+        """Return the divisor of the columns of rows, and of a rank's part of them."""
+        return self.layout(columns).unit
+
 
 Format = StoredFormat | RoundedFormat
+
+
+def packed(codes: "torch.Tensor", unit: int, quantization: Quantization) -> "torch.Tensor":
+    """Return ``codes`` ``[N, K]`` uint8 of less than a byte as a matrix has them, in units of so many elements."""
+    planes = codes.reshape(len(codes), -1, quantization.per_byte, unit // quantization.per_byte)
+    found = planes[:, :, 0]
+    for plane in range(1, quantization.per_byte):
+        found = found | planes[:, :, plane] << plane * quantization.bits
+    return found.flatten(1)
 
 
 def rows_of(values: "torch.Tensor", num_rows: int) -> "torch.Tensor":

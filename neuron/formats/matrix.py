@@ -3,9 +3,10 @@
 ``w[n, k] = quants[n, k] * scales[n, k // group] + minima[n, k // group]``, planar: quants and scales each in an array
 of its own so that both are read in aligned runs of 16 bytes (GGUF's 18-byte blocks cannot be). Scales of scales: 256
 elements, or a row, share a number that multiplies each group's own; both are kept, since their product takes 17 bits.
-4-bit quants are two a byte, integers or codes of a table: within each unit of 32 elements, or of a group where that is
-smaller, byte j holds element j below and element j + unit / 2 above, GGUF's order, so that the two halves meet two
-plain runs of the activations. The numbers are those of the format (:mod:`neuron.formats`), in another layout.
+Quants of 4 bits, integers or codes of a table, are two a byte: within each unit of 32 elements, or of a group where
+that is smaller, byte j holds element j below and element j + unit / 2 above, GGUF's order, so that the two halves meet
+two plain runs of the activations. Quants of 2 bits are four a byte alike. The numbers are those of the format
+(:mod:`neuron.formats`), in another layout.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class QuantizedMatrix:
     group: int
     """Elements of a row that share a scale; 0: all of them."""
     quants: torch.Tensor
-    """``[N, K]`` int8 or float8, or ``[N, K / 2]`` uint8."""
+    """``[N, K]`` int8 or float8; or uint8, ``[N, K / 2]`` of 4 bits, ``[N, K / 4]`` of 2."""
     scales: torch.Tensor
     """``[N, K / group]`` or ``[N, 1]``: float16, float32, float8 e8m0 or e4m3; or int8, with ``super_scales``."""
     minima: torch.Tensor | None = None

@@ -9,7 +9,7 @@ bits from a plane of their own.
 from typing import TYPE_CHECKING, Final
 
 from neuron.formats import BLOCK, SUPER_BLOCK, Quantization
-from neuron.formats.format import Layout, StoredFormat, halves_of
+from neuron.formats.format import Layout, StoredFormat, halves_of, packed
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +31,11 @@ def read(blocks: "torch.Tensor", num_rows: int) -> "QuantizedMatrix":
     if fifth := blocks.shape[1] > Q4_K.block_bytes:
         bits = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(8, 1)
         levels |= (blocks[:, None, 16:48] >> bits & 1) << 4
-    else:
-        halves = levels.view(-1, 8, 2, 16)
-        levels = halves[:, :, 0] | halves[:, :, 1] << 4
-    quants = levels.view(num_rows, -1)
+    levels = levels.view(num_rows, -1)
     return QuantizedMatrix(
         Quantization.INT8 if fifth else Quantization.INT4,
         BLOCK,
-        quants.view(torch.int8) if fifth else quants,
+        levels.view(torch.int8) if fifth else packed(levels, BLOCK, Quantization.INT4),
         scale.view(num_rows, -1).view(torch.int8),
         minimum.view(num_rows, -1).view(torch.int8),
         halves_of(blocks[:, :2], num_rows),

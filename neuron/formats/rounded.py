@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from neuron.formats import BLOCK, Quantization
-from neuron.formats.format import Layout, RoundedFormat
+from neuron.formats.format import Layout, RoundedFormat, packed
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +52,8 @@ def quantize_int4(weight: "torch.Tensor", group: int = 0) -> "QuantizedMatrix":
     scales = ((greatest - least) / 15).clamp_(min=1e-7).to(torch.float16)
     minima = least.to(torch.float16)
     levels = ((grouped - minima.float().unsqueeze(-1)) / scales.float().unsqueeze(-1)).round_().clamp_(0, 15)
-    halves = levels.to(torch.uint8).view(rows, -1, 2, BLOCK // 2)
-    packed = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, -1)
-    return QuantizedMatrix(Quantization.INT4, group, packed, scales, minima)
+    quants = packed(levels.to(torch.uint8).view(rows, columns), BLOCK, Quantization.INT4)
+    return QuantizedMatrix(Quantization.INT4, group, quants, scales, minima)
 
 
 _LAYOUTS: Final = {group: Layout(Quantization.INT4, group, "float16", has_minima=True) for group in (BLOCK, 128)}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from neuron.formats import BLOCK, Quantization
-from neuron.formats.format import Layout
+from neuron.formats.format import Layout, packed
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ class Scheme(abc.ABC):
         assert layout is not None
         quants, scales, zeros, order, supers = self._checked(take, rows, columns)
         if layout.quantization.bits == 4:
-            quants = packed(quants, min(layout.group, BLOCK))
+            quants = packed(quants, min(layout.group, BLOCK), layout.quantization)
         if layout.group not in (0, self.group):
             groups = self._groups(columns, layout.group, scales)
             scales, zeros = _chosen(scales, groups), None if zeros is None else zeros[:, groups]
@@ -189,13 +189,6 @@ def _chosen(values: "torch.Tensor", columns: "torch.Tensor") -> "torch.Tensor":
 
     stored = values.contiguous().view(torch.uint8) if values.itemsize == 1 else values
     return stored[:, columns].view(values.dtype)
-
-
-def packed(numbers: "torch.Tensor", unit: int) -> "torch.Tensor":
-    """Return 4-bit numbers ``[n, K]``, a byte each, as a matrix has them in units: ``[n, K / 2]``."""
-    halves = numbers.reshape(len(numbers), -1, 2, unit // 2)
-    found: torch.Tensor = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(len(numbers), -1)
-    return found
 
 
 def numbers_of(words: "torch.Tensor", bits: int) -> "torch.Tensor":

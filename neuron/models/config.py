@@ -11,11 +11,12 @@ from typing import Any, Final
 from neuron.device.jobs import Pooling
 from neuron.models.embedding_folder import has_head, makes_embeddings, pooling_of
 from neuron.models.ends import folder_ends, gguf_ends, token_ids
-from neuron.models.errors import CorruptWeightsError
+from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
 from neuron.models.family import Family
 from neuron.models.fields import Fields, GgufFields, JsonFields
 from neuron.models.files import quoted, read_json_object
-from neuron.models.gguf import GgufHeader, read_header
+from neuron.models.gguf import UNREADABLE, GgufHeader, TensorInfo, TensorKind, name_of
+from neuron.models.gguf_parts import read_parts
 from neuron.models.model import GenerationDefaults, ModelConfig
 from neuron.models.registry import find_family
 from neuron.models.safetensors import TensorEntry, read_tensors
@@ -33,7 +34,7 @@ def read_config(path: pathlib.Path) -> ModelConfig:
     if path.is_dir():
         return config_from_folder(path)
     try:
-        return config_from_gguf(path, read_header(path))
+        return config_from_gguf(path, read_parts(path))
     except FileNotFoundError:
         raise CorruptWeightsError(path, "no such file or folder") from None
 
@@ -72,20 +73,32 @@ def config_from_folder(folder: pathlib.Path, entries: Mapping[str, TensorEntry] 
 
 
 def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
-    """Return the configuration that a GGUF header holds; ``path`` is the file it was read from."""
+    """Return the configuration that a GGUF header holds; ``path`` is the file it was read from.
+
+    Raises as :func:`read_config`.
+    """
     values = header.metadata
     name = str(values.get("general.architecture"))
     fields = GgufFields(path, header, name)
     config = _built(find_family(name, None, path), fields)
     stored = by_tensor(config, unstacked(header.tensors), path, gguf=True)
+    kinds = {name: _kind_of(stored[name]) for name in config.tensors() if name in stored}
     return _with_ends(
         config,
         gguf_ends(values, path),
         bos_id=next(iter(token_ids(values.get("tokenizer.ggml.bos_token_id"), path)), None),
         generation=_generation(path, values, GGUF_GENERATION_KEYS),
         pooling=Pooling.MEAN if fields.values.get("pooling_type") == GGUF_MEAN_POOLING else Pooling.LAST,
-        tensor_kinds={name: stored[name].kind for name in config.tensors() if name in stored},
+        tensor_kinds=kinds,
     )
+
+
+def _kind_of(tensor: TensorInfo) -> TensorKind:
+    if not isinstance(tensor.kind, TensorKind) or tensor.kind in UNREADABLE:
+        raise UnsupportedQuantizationError(
+            f"{tensor.file}: {tensor.name} is stored as {name_of(tensor.kind)}, which cannot be read"
+        )
+    return tensor.kind
 
 
 GGUF_MEAN_POOLING: Final = 1

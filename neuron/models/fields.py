@@ -221,7 +221,8 @@ class GgufFields(Fields):
         return self.changed({**own, self.key("rope_theta"): self.value("rope.freq_base_swa")})
 
     def _read_factors(self, name: str) -> tuple[float, ...]:
-        tensor, path = self._tensors[name], self.path
+        tensor = self._tensors[name]
+        path = tensor.file
         if tensor.kind is not TensorKind.F32 or len(tensor.shape) != 1 or tensor.shape[0] > MAX_HEAD_DIM:
             raise CorruptWeightsError(path, f"{name} is not a vector of float32, half as long as a head")
         with open_regular(path) as file:

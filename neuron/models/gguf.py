@@ -71,9 +71,11 @@ class TensorKind(IntEnum):
     TQ1_0 = 34
     TQ2_0 = 35
     MXFP4 = 39
+    NVFP4 = 40
+    Q1_0 = 41
 
 
-BLOCKS: Final[dict[TensorKind, tuple[int, int]]] = {
+BLOCKS: Final[dict[int, tuple[int, int]]] = {
     TensorKind.F32: (1, 4),
     TensorKind.F16: (1, 2),
     TensorKind.Q4_0: (32, 18),
@@ -106,8 +108,17 @@ BLOCKS: Final[dict[TensorKind, tuple[int, int]]] = {
     TensorKind.TQ1_0: (256, 54),
     TensorKind.TQ2_0: (256, 66),
     TensorKind.MXFP4: (32, 17),
+    TensorKind.NVFP4: (64, 36),
+    TensorKind.Q1_0: (128, 18),
 }
 """Elements and bytes of one block of each kind."""
+UNREADABLE: Final = frozenset(
+    {
+        *(TensorKind.Q8_1, TensorKind.Q8_K, TensorKind.Q1_0, TensorKind.F64),
+        *(TensorKind.I8, TensorKind.I16, TensorKind.I32, TensorKind.I64),
+    }
+)
+"""Kinds that no weights are read from: forms of activations, integers, and what the ``gguf`` library cannot read."""
 
 # Metadata value types: fixed-size ones by struct code, then bool, string and array.
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
@@ -122,11 +133,18 @@ _U64: Final = struct.Struct("<Q")
 class TensorInfo:
     """Tensor: ``shape`` is row-major (the reverse of the file's order), ``offset`` counts from the file's start."""
 
+    file: pathlib.Path
     name: str
     shape: tuple[int, ...]
-    kind: TensorKind
+    kind: TensorKind | int
+    """Kind; or the number of an unknown one, whose ``nbytes`` are 0."""
     offset: int
     nbytes: int
+
+
+def name_of(kind: TensorKind | int) -> str:
+    """Return the name of a kind, for messages."""
+    return kind.name if isinstance(kind, TensorKind) else f"type {kind}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -323,21 +341,18 @@ class _Reader:
     def tensor(
         self, name: str, shape: tuple[int, ...], number: int, offset: int, data_offset: int, alignment: int
     ) -> TensorInfo:
-        """Check an entry against the file: its kind, its shape, and the presence of all its bytes."""
-        try:
-            kind = TensorKind(number)
-        except ValueError as error:
-            raise self.fail(f"tensor {name!r} has unknown type {number}") from error
-        block, block_bytes = BLOCKS[kind]
+        """Check an entry against the file: its shape, and the presence of all its bytes, where its kind is known."""
+        block, block_bytes = BLOCKS.get(number, (1, 0))
+        kind = TensorKind(number) if number in BLOCKS else number
         num_elements = 1
         for dimension in shape:
             num_elements *= dimension
         if num_elements == 0 or shape[-1] % block:
-            raise self.fail(f"tensor {name!r} of type {kind.name} has the impossible shape {list(shape)}")
+            raise self.fail(f"tensor {name!r} of type {name_of(kind)} has the impossible shape {list(shape)}")
         nbytes = num_elements // block * block_bytes
         if offset % alignment:
             raise self.fail(f"tensor {name!r} at offset {offset} is not aligned to {alignment}")
         end = data_offset + offset + nbytes
         if end > self.size:
             raise self.fail(f"tensor {name!r} ends at byte {end} of a file of {self.size}")
-        return TensorInfo(name, shape, kind, data_offset + offset, nbytes)
+        return TensorInfo(pathlib.Path(self.path), name, shape, kind, data_offset + offset, nbytes)

@@ -76,8 +76,8 @@ def forms(matrix: Matrix, kinds: Mapping[str, StoredKind], quant: str) -> tuple[
             format = None if kind is None else STORED_FORMATS.get(kind.name)
         if format is None:
             return None
-        layout = format.layout(len(columns))
-        return None if columns.start % layout.unit or columns.stop % layout.unit else Form(format, layout)
+        unit = format.unit(len(columns))
+        return None if columns.start % unit or columns.stop % unit else Form(format, format.layout(len(columns)))
 
     if quant == NONE or not matrix.quantised:
         return (None,) * len(matrix.tensors)

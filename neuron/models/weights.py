@@ -23,7 +23,8 @@ from neuron.models.config import config_from_folder, config_from_gguf
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
 from neuron.models.fields import FACTORS
 from neuron.models.files import quoted
-from neuron.models.gguf import TensorInfo, TensorKind, read_header
+from neuron.models.gguf import TensorInfo, TensorKind, name_of
+from neuron.models.gguf_parts import read_parts
 from neuron.models.model import ModelConfig
 from neuron.models.safetensors import TensorEntry, read_tensors
 from neuron.models.schemes import by_module, places_of, whole_shapes
@@ -61,6 +62,8 @@ class StoredTensor:
     packed: PackedBytes
     order: tuple[int, ...] = ()
     """Stored row of each row of a head; nothing if they are the same."""
+    scale: float = 1.0
+    """Number that multiplies all of it."""
 
     def rows(self, num_rows: int, start: int, stop: int) -> PackedBytes:
         """Return rows ``start`` to ``stop`` of ``num_rows`` as bytes ``[rows, bytes]``, in the order of the model.
@@ -72,6 +75,16 @@ class StoredTensor:
             return packed[start:stop]
         chosen: PackedBytes = packed[stored_rows(self.order, start, stop)]
         return chosen
+
+    def values(self, num_rows: int, start: int, stop: int) -> torch.Tensor:
+        """Return the elements of these rows as one vector: floats as stored, others in float32."""
+        packed = self.rows(num_rows, start, stop)
+        if self.kind in FLOATS:
+            return from_file(np.ascontiguousarray(packed).reshape(-1)).view(FLOATS[self.kind])
+        # As one row: the library would walk over groups of 16 rows, in small passes.
+        found = gguf.quants.dequantize(packed.reshape(1, -1), gguf.GGMLQuantizationType(self.kind))
+        values = torch.from_numpy(np.asarray(found, np.float32).reshape(-1))
+        return values if self.scale == 1 else values * self.scale
 
 
 def stored_rows(order: tuple[int, ...], start: int, stop: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -151,6 +164,30 @@ def check_shapes(path: pathlib.Path, config: ModelConfig, found: dict[str, tuple
             )
 
 
+class MappedFiles:
+    """Files of a checkpoint, mapped when first read."""
+
+    def __init__(self) -> None:
+        self._files: dict[pathlib.Path, mmap.mmap] = {}
+
+    def read(self, entry: TensorEntry | TensorInfo) -> PackedBytes:
+        """Return the mapped bytes of a tensor; raise CorruptWeightsError if the file has become shorter."""
+        if entry.file not in self._files:
+            with entry.file.open("rb") as file:
+                self._files[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = self._files[entry.file]
+        if entry.offset + entry.nbytes > len(mapped):
+            raise CorruptWeightsError(entry.file, f"{quoted(entry.name)} ends beyond the file")
+        return np.frombuffer(mapped, np.uint8, entry.nbytes, entry.offset)
+
+    def close(self) -> None:
+        """Unmap the files; later, if a raised exception still holds a view of one."""
+        for mapped in self._files.values():
+            with contextlib.suppress(BufferError):
+                mapped.close()
+        self._files.clear()
+
+
 class SafetensorsSource:
     """Checkpoint in a folder with ``config.json`` and ``.safetensors`` files, which are mapped when first read."""
 
@@ -163,7 +200,7 @@ class SafetensorsSource:
         places = places_of(self.config, by_module(entries)) if self._schemes else {}
         self._places = {name: place for name, place in places.items() if name in self._schemes}
         self._entries = by_tensor(self.config, entries, folder)
-        self._files: dict[pathlib.Path, mmap.mmap] = {}
+        self._files = MappedFiles()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors, of quantised weights as wholes."""
@@ -219,7 +256,7 @@ class SafetensorsSource:
             return StoredTensor(TensorKind[scheme.block_kind], blocks.view(-1).numpy(), self._declared[name].order)
         entry = self._entries[name]
         kind = None if entry.strides else STORED_KINDS.get(entry.dtype)
-        return None if kind is None else StoredTensor(kind, self._bytes(entry), self._declared[name].order)
+        return None if kind is None else StoredTensor(kind, self._files.read(entry), self._declared[name].order)
 
     def read_quantized(
         self, name: str, rows: range, columns: range, move: Callable[[torch.Tensor], torch.Tensor]
@@ -257,18 +294,9 @@ class SafetensorsSource:
         except ValueError as error:
             raise CorruptWeightsError(self._folder, f"{name}: {error}") from error
 
-    def _bytes(self, entry: TensorEntry) -> PackedBytes:
-        if entry.file not in self._files:
-            with entry.file.open("rb") as file:
-                self._files[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped = self._files[entry.file]
-        if entry.offset + entry.nbytes > len(mapped):
-            raise CorruptWeightsError(entry.file, f"{quoted(entry.name)} ends beyond the file")
-        return np.frombuffer(mapped, np.uint8, entry.nbytes, entry.offset)
-
     def _mapped(self, entry: TensorEntry) -> torch.Tensor:
         """Return a tensor of the file's memory, to be read only."""
-        dtype, packed = DTYPES[entry.dtype], self._bytes(entry)
+        dtype, packed = DTYPES[entry.dtype], self._files.read(entry)
         if packed.ctypes.data % dtype.itemsize:
             packed = packed.copy()
         values = from_file(packed).view(dtype)
@@ -276,24 +304,27 @@ class SafetensorsSource:
 
     def close(self) -> None:
         """Unmap the files; later, if a view of one is left."""
-        for mapped in self._files.values():
-            with contextlib.suppress(BufferError):
-                mapped.close()
-        self._files.clear()
+        self._files.close()
 
 
 class GgufSource:
-    """Checkpoint in a GGUF file, dequantised piece by piece."""
+    """Checkpoint in a GGUF file, or in several, dequantised piece by piece."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        header = read_header(path)
+        header = read_parts(path)
         self.config = config_from_gguf(path, header)
-        self._path = path
+        self._files = MappedFiles()
         self._declared: dict[str, Tensor] = self.config.tensors()
-        stored = unstacked(tensor for tensor in header.tensors if not tensor.name.endswith(DERIVED_TENSORS))
+        nvfp4 = {tensor.name.removesuffix(".weight") for tensor in header.tensors if tensor.kind == TensorKind.NVFP4}
+        named = {tensor.name.removesuffix(".scale"): tensor for tensor in header.tensors}
+        self._scales = {stem: tensor for stem, tensor in named.items() if stem in nvfp4}
+        """Float32 numbers that multiply tensors of NVFP4, or each of their experts, by the names of those."""
+        stored = unstacked(
+            tensor
+            for stem, tensor in named.items()
+            if stem not in self._scales and not tensor.name.endswith(DERIVED_TENSORS)
+        )
         self._tensors = by_tensor(self.config, stored, path, gguf=True)
-        with path.open("rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors; a tensor without a safetensors name keeps its own."""
@@ -311,51 +342,47 @@ class GgufSource:
         """Dequantise into ``destination``, piece by piece."""
         tensor = self._tensors[name]
         if len(tensor.shape) == 1:
-            packed = self.read_stored(name).rows(tensor.shape[0], 0, tensor.shape[0])
-            values = self._values(tensor, packed)
+            values = self.read_stored(name).values(tensor.shape[0], 0, tensor.shape[0])
             transfer.copy(values[first_row : first_row + len(destination)], destination)
             return
         stored, (num_rows, num_columns) = self.read_stored(name), tensor.shape
-        step = len(destination) if tensor.kind in FLOATS else max(1, PIECE_ELEMENTS // num_columns)
+        step = len(destination) if stored.kind in FLOATS else max(1, PIECE_ELEMENTS // num_columns)
         for start in range(0, len(destination), step):
             part = destination[start : start + step]
             first = first_row + start
-            packed = stored.rows(num_rows, first, first + len(part))
-            values = self._values(tensor, packed).view(len(part), num_columns)
+            values = stored.values(num_rows, first, first + len(part)).view(len(part), num_columns)
             transfer.copy(values[:, first_column : first_column + part.shape[1]], part)
 
     def read_stored(self, name: str) -> StoredTensor:
         """Return the mapped blocks."""
         tensor = self._tensors[name]
-        packed = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
-        return StoredTensor(tensor.kind, packed, self._declared[name].gguf_order)
+        packed, order = self._files.read(tensor), self._declared[name].gguf_order
+        return StoredTensor(TensorKind(tensor.kind), packed, order, self._scale(tensor))
 
     def read_quantized(
         self, name: str, rows: range, columns: range, move: Callable[[torch.Tensor], torch.Tensor]
     ) -> QuantizedMatrix:
         """Copy a run of rows of blocks, and repack it on the device."""
-        stored, format = self.read_stored(name), STORED_FORMATS[self._tensors[name].kind.name]
+        stored, format = self.read_stored(name), STORED_FORMATS[name_of(self._tensors[name].kind)]
         num_rows, (block, block_bytes) = self._tensors[name].shape[0], (format.block, format.block_bytes)
         blocks = stored.rows(num_rows, rows.start, rows.stop).reshape(len(rows), -1, block_bytes)
         chosen = blocks[:, columns.start // block : columns.stop // block].reshape(-1, block_bytes)
-        return format.read(move(from_file(chosen)), len(rows))
+        matrix = format.read(move(from_file(chosen)), len(rows))
+        if matrix.super_scales is not None and stored.scale != 1:
+            matrix.super_scales.mul_(stored.scale)
+        return matrix
 
-    def _values(self, tensor: TensorInfo, blocks: PackedBytes) -> torch.Tensor:
-        """Return the elements of ``blocks`` as one vector: floats as stored, others in float32."""
-        if tensor.kind in FLOATS:
-            return from_file(np.ascontiguousarray(blocks).reshape(-1)).view(FLOATS[tensor.kind])
-        try:
-            # As one row: the library would walk over groups of 16 rows, in small passes.
-            kind = gguf.GGMLQuantizationType(tensor.kind)
-            return torch.from_numpy(
-                np.asarray(gguf.quants.dequantize(blocks.reshape(1, -1), kind), np.float32).reshape(-1)
+    def _scale(self, tensor: TensorInfo) -> float:
+        stem, _, part = tensor.name.rpartition(".")
+        found, expert = self._scales.get(stem), int(part) if part.isdecimal() else 0
+        if found is None:
+            return 1.0
+        if found.kind != TensorKind.F32 or len(found.shape) != 1 or expert >= found.shape[0]:
+            raise CorruptWeightsError(
+                found.file, f"{found.name} is not a vector of float32 with a number for each expert"
             )
-        except NotImplementedError as error:
-            raise UnsupportedQuantizationError(
-                f"{self._path}: {tensor.name} is stored as {tensor.kind.name}"
-            ) from error
+        return float(self._files.read(found).view(np.float32)[expert])
 
     def close(self) -> None:
-        """Unmap the file; later, if a raised exception still holds a view of it."""
-        with contextlib.suppress(BufferError):
-            self._data.close()
+        """Unmap the files; later, if a view of one is left."""
+        self._files.close()

@@ -58,8 +58,8 @@ def quantized_matmul(
 
 @triton.jit
 def _e4m3(stored):
-    """Return the float32 of bytes of float8 e4m3: as the bits of a float16, 2^-8 of it. No NaN is expected."""
-    bits = (stored & 127).to(tl.uint16) << 7 | (stored & 128).to(tl.uint16) << 8
+    """Return the float32 of bytes of float8 e4m3: sign, a zero and the rest are the float16 2^-8 of it. None is NaN."""
+    bits = ((stored.to(tl.int16) << 8) >> 1) & ~0x4000
     return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256
 
 

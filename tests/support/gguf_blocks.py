@@ -23,6 +23,8 @@ def random_blocks(kind: Kind, num_blocks: int, seed: int = 0) -> np.ndarray:
         blocks[:, offset : offset + 2] = halves.astype(np.float16).view(np.uint8)
     if kind is Kind.MXFP4:
         blocks[:, 0] = random.choice([0, 1, 2, 60, 112, 118, 120, 123], num_blocks)
+    if kind is Kind.NVFP4:
+        blocks[:, :4] = random.integers(0, 80, (num_blocks, 4))
     return blocks
 
 

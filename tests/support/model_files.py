@@ -5,6 +5,7 @@ the tests of hostile files and by the fuzz targets.
 """
 
 import json
+import math
 import pathlib
 import random
 import struct
@@ -15,6 +16,7 @@ from cortex.wire.errors import ApiError, ErrorInfo
 from cortex.wire.node import ModelSpec
 from neuron.models.config import read_config
 from neuron.models.fields import JsonFields
+from neuron.models.gguf import BLOCKS, TensorKind
 from neuron.models.model import ModelConfig
 from neuron.models.registry import FAMILIES
 from neuron.models.sizing import least_bytes
@@ -142,20 +144,26 @@ GGUF_VALUES: tuple[tuple[bytes, bytes], ...] = (
 )
 
 
-def gguf_file() -> bytes:
-    """Return a GGUF file of a model with one layer and all its tensors."""
+def gguf_file(kind: TensorKind = TensorKind.F32) -> bytes:
+    """Return a GGUF file of a model with one layer and all its tensors, of a kind where their rows allow it."""
+    block, block_bytes = BLOCKS[kind]
+    wide = max(8, block)
     shapes = {
-        "token_embd": (8, 16), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
-        "blk.0.attn_q": (8, 8), "blk.0.attn_k": (8, 4), "blk.0.attn_v": (8, 4), "blk.0.attn_output": (8, 8),
-        "blk.0.ffn_gate": (8, 8), "blk.0.ffn_up": (8, 8), "blk.0.ffn_down": (8, 8), "rope_freqs": (2,),
+        "token_embd": (wide, 16), "output_norm": (wide,), "blk.0.attn_norm": (wide,), "blk.0.ffn_norm": (wide,),
+        "blk.0.attn_q": (wide, 8), "blk.0.attn_k": (wide, 4), "blk.0.attn_v": (wide, 4),
+        "blk.0.attn_output": (8, wide), "blk.0.ffn_gate": (wide, 8), "blk.0.ffn_up": (wide, 8),
+        "blk.0.ffn_down": (8, wide), "rope_freqs": (2,),
     }  # fmt: skip
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(GGUF_VALUES))
-    head += b"".join(string(key) + value for key, value in GGUF_VALUES)
+    values = dict(GGUF_VALUES) | {b"llama.embedding_length": struct.pack("<II", 4, wide)}
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(values))
+    head += b"".join(string(key) + value for key, value in values.items())
     data = b""
     for name, shape in shapes.items():
-        num_elements = shape[0] * (shape[1] if len(shape) == 2 else 1)
-        head += string(f"{name}.weight".encode()) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))
-        data += struct.pack("<f", 1.0) * num_elements
+        packs = block > 1 and len(shape) == 2 and shape[0] % block == 0
+        numbers = (len(shape), *shape, kind if packs else 0, len(data))
+        head += string(f"{name}.weight".encode()) + struct.pack(f"<I{len(shape)}QIQ", *numbers)
+        num_elements = math.prod(shape)
+        data += bytes([7]) * (num_elements // block * block_bytes) if packs else struct.pack("<f", 1.0) * num_elements
         data += bytes(-len(data) % 32)
     return head + bytes(-len(head) % 32) + data
 
@@ -232,6 +240,8 @@ def check_weights(path: pathlib.Path) -> ModelConfig | ErrorInfo:
     """Open a model's weights as a worker would, and read every tensor; return the error where they are refused."""
     import torch
 
+    from neuron.models.parameter_reader import ParameterReader
+    from neuron.models.quantization import STORED
     from neuron.models.weights import open_weights
 
     try:
@@ -239,6 +249,9 @@ def check_weights(path: pathlib.Path) -> ModelConfig | ErrorInfo:
         try:
             for name, shape in source.config.tensor_shapes().items():
                 source.read_into(name, torch.empty(shape))
+            reader = ParameterReader(source, torch.float32, torch.device("cpu"), STORED)
+            for parameters in source.config.parameters():
+                reader.read(parameters)
         finally:
             source.close()
     except ApiError as error:

@@ -29,6 +29,8 @@ from model_files import (
 )
 
 from cortex.wire.errors import ErrorInfo
+from neuron.formats.registry import STORED_FORMATS
+from neuron.models.gguf import TensorKind
 from neuron.models.model import ModelConfig
 
 MOST_BYTES = 400 << 20
@@ -50,9 +52,24 @@ def test_the_sound_files_are_sound(tmp_path: pathlib.Path) -> None:
         files = {"config.json": json.dumps(config).encode(), "generation_config.json": json.dumps(GENERATION).encode()}
         assert isinstance(check_bytes(files, tmp_path), ModelConfig)
     assert isinstance(check_bytes({"model.gguf": gguf_file()}, tmp_path), ModelConfig)
-    assert isinstance(check_bytes({"model.gguf": gguf_file()}, tmp_path, weights=True), ModelConfig)
+    for kind in (TensorKind.F32, *(TensorKind[name] for name in STORED_FORMATS), TensorKind.IQ1_S):
+        assert isinstance(check_bytes({"model.gguf": gguf_file(kind)}, tmp_path, weights=True), ModelConfig)
     whole = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": safetensors_file()}
     assert isinstance(check_bytes(whole, tmp_path, weights=True), ModelConfig)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(99, "type 99"), (41, "Q1_0")])
+def test_a_tensor_of_a_kind_that_cannot_be_read_is_named(tmp_path: pathlib.Path, kind: int, name: str) -> None:
+    """Its header is read: the model is refused, not the tokenizer in the file."""
+    old, whole = string(b"blk.0.attn_q.weight") + struct.pack("<IQQI", 2, 256, 8, 10), gguf_file(TensorKind.Q2_K)
+    assert old in whole
+    data = whole.replace(old, old[:-4] + struct.pack("<I", kind))
+    found = check_bytes({"model.gguf": data}, tmp_path)
+    assert isinstance(found, ErrorInfo)
+    assert (found.code, f"blk.0.attn_q.weight is stored as {name}," in found.message) == (
+        "unsupported_quantization",
+        True,
+    )
 
 
 @pytest.mark.parametrize("config", [CONFIG, GEMMA, EXPERTS], ids=["llama", "gemma", "experts"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,32 @@ def test_blocks_are_kept_and_mean_the_same(gguf_of: Callable[..., pathlib.Path],
     for found, expected in zip(run(kept, source.config), run(plain, source.config), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     source.close()
+
+
+def test_a_number_beside_a_tensor_of_nvfp4_multiplies_it(
+    make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    experts = {"kind": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    folder, kind = make_checkpoint(**WIDE | experts), gguf.GGMLQuantizationType.NVFP4
+    scales = {
+        "blk.0.attn_q.scale": np.array([3], np.float32),
+        "blk.0.ffn_gate_exps.scale": np.array([1, 2, 5], np.float32),
+    }
+    sources = []
+    for name, extra in (("scaled", scales), ("plain", {})):
+        export_gguf(folder, tmp_path / f"{name}.gguf", kind, extra)
+        sources.append(open_weights(tmp_path / f"{name}.gguf"))
+    for quant in (quantization.NONE, quantization.STORED):
+        scaled, plain = (loaded(source, quant=quant) for source in sources)
+        rows = torch.ones(8 * 32, 1)
+        rows[:128] = 3
+        torch.testing.assert_close(dense(scaled.layers[0]["qkv"].weight), rows * dense(plain.layers[0]["qkv"].weight))
+        rows = torch.ones(3, 2, 64, 1)
+        rows[1, 0], rows[2, 0] = 2, 5
+        expected = rows.view(-1, 1) * dense(plain.layers[1]["gate_up"].weight)
+        torch.testing.assert_close(dense(scaled.layers[1]["gate_up"].weight), expected)
+    for source in sources:
+        source.close()
 
 
 class RecordingTransfer(Transfer):

@@ -52,14 +52,19 @@ def in_order(values: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 def export_gguf(
-    folder: pathlib.Path, path: pathlib.Path, kind: Kind, extra: dict[str, np.ndarray] | None = None
+    folder: pathlib.Path,
+    path: pathlib.Path,
+    kind: Kind,
+    extra: dict[str, np.ndarray] | None = None,
+    *,
+    tensors_of_part: int = 0,
 ) -> None:
     """Write a safetensors checkpoint as llama.cpp's converter does, Llama's query and key rows interleaved."""
     config = read_config(folder)
     name = FAMILIES[config.family].gguf_name or config.family
     attention, mlp = config.blocks[0][0], config.blocks[-1][-1]
     declared = config.tensors()
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, name, split_max_tensors=tensors_of_part)
     drafting = int(name == "glm4moe")
     writer.add_block_count(len(config.blocks) + drafting)
     writer.add_context_length(config.context_tokens)
