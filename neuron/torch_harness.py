@@ -217,6 +217,7 @@ class TorchHarness:
             parts[0],
             weights_bytes=sum(part.weights_bytes for part in parts),
             kv_cache_bytes=sum(part.kv_cache_bytes for part in parts),
+            expanded_bytes=sum(part.expanded_bytes for part in parts),
         )
 
     def _candidates(self, spec: ModelSpec) -> list[Worker]:

@@ -242,6 +242,8 @@ class ModelStatus(msgspec.Struct, frozen=True):
     context_tokens: Amount = 0
     max_sequences: Amount = 0
     weights_bytes: Amount = 0
+    expanded_bytes: Amount = 0
+    """Bytes of the weights beyond those in the file, where no kernel reads the form they have there."""
     kv_cache_bytes: Amount = 0
     running: Amount = 0
     waiting: Amount = 0

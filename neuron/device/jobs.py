@@ -164,6 +164,8 @@ class LoadedModel(msgspec.Struct, frozen=True, tag="loaded_model"):
     max_sequences: int
     weights_bytes: int
     kv_cache_bytes: int
+    expanded_bytes: int = 0
+    """Bytes of the weights beyond those in the file, where no kernel reads the form they have there."""
 
 
 class Memory(msgspec.Struct, frozen=True, tag="memory"):

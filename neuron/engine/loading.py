@@ -31,6 +31,7 @@ from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed
 from neuron.models.config import read_config
 from neuron.models.decoder import Decoder, DecoderWeights, Forward, load_decoder
+from neuron.models.expansion import expansions
 from neuron.models.model import ModelConfig
 from neuron.models.packed_weights import load_packed
 from neuron.models.prebuild import Preparation
@@ -111,6 +112,7 @@ def _load_executor(
     channel_fd: int,
     settings: EngineSettings,
 ) -> Generator[float, None, Executor]:
+    _report_expansions(spec, source.config, plan)
     if plan.native:
         packed_weights = yield from load_packed(source, plan.dtype, shared_pool())
         return NativeExecutor(source.config, packed_weights, plan, channel_fd, settings.cpu_level)
@@ -123,6 +125,12 @@ def _load_executor(
         executor = eager if graphs is None else GraphExecutor(eager, plan, graphs(), settings)
         yield from _finish(kernels, device)
     return executor
+
+
+def _report_expansions(spec: ModelSpec, config: ModelConfig, plan: MemoryPlan, shard: Shard = WHOLE) -> None:
+    """Log the weights that take more memory than in the file, as no kernel reads their form."""
+    for expansion in expansions(config, plan.dtype, plan.quant, shard, native=plan.native):
+        logger.warning("%s: %s", spec.id, expansion)
 
 
 def eager_executor(
@@ -186,6 +194,7 @@ def _load_part(
         group = Group(group_settings, device)
         plan = with_sizes(plan, tuple(group.least(count) for count in plan.cache_sizes))
         config = source.config = source.config.within(plan.context_tokens)
+        _report_expansions(spec, config, plan, shard)
         dtype = getattr(torch, plan.dtype)
         with contextlib.closing(_preparation(config, plan, device, settings, shard)) as kernels:
             weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)

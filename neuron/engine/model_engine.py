@@ -367,4 +367,5 @@ def describe(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
         max_sequences=plan.max_sequences,
         weights_bytes=sum(part.weights_bytes for part in plan.parts),
         kv_cache_bytes=sum(part.kv_cache_bytes for part in plan.parts),
+        expanded_bytes=sum(part.expanded_bytes for part in plan.parts),
     )

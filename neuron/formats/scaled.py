@@ -31,12 +31,13 @@ class Scaled(Scheme):
     """Rows that share a scale; 0: the tensor has one."""
 
     @property
-    def name(self) -> str:
+    def extent(self) -> str:
         """See :class:`~neuron.formats.scheme.Scheme`."""
-        kind = self.quantization.value
+        if self.group_rows > 1:
+            return f"in blocks of {self.group_rows} x {self.group}"
         if not self.group_rows:
-            return f"{kind} by tensor"
-        return f"{kind} in blocks of {self.group_rows} x {self.group}" if self.group_rows > 1 else super().name
+            return "by tensor"
+        return f"in groups of {self.group}" if self.group < self.columns else "by row"
 
     def unpack(self, take: "Take", rows: range, columns: range) -> Unpacked:
         """See :class:`~neuron.formats.scheme.Scheme`."""

@@ -86,8 +86,18 @@ class Scheme(abc.ABC):
     @property
     def name(self) -> str:
         """Name for people: ``int4 in groups of 128``."""
-        kind = self.quantization.value
-        return f"{kind} in groups of {self.group}" if self.group < self.columns else f"{kind} by row"
+        return f"{self.quantization.value} {self.extent}"
+
+    @property
+    def extent(self) -> str:
+        """Part of the weight that shares a scale, for people."""
+        return f"in groups of {self.group}" if self.group < self.columns else "by row"
+
+    @property
+    def stored_row_bytes(self) -> int:
+        """Bytes of a row in the file, less what rows share."""
+        group = 0 if self.group >= self.columns else self.group
+        return Layout(self.quantization, group, self.scales, has_zeros=self.has_zeros).row_bytes(self.columns)
 
     @property
     def block_kind(self) -> str:

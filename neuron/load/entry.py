@@ -91,5 +91,6 @@ class Entry:
             context_tokens=loaded.context_tokens,
             max_sequences=loaded.max_sequences,
             weights_bytes=loaded.weights_bytes,
+            expanded_bytes=loaded.expanded_bytes,
             kv_cache_bytes=loaded.kv_cache_bytes,
         )

@@ -14,7 +14,6 @@ from typing import Final
 
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
-from neuron.formats.registry import ROUNDED_FORMATS
 from neuron.layers.cache import (
     Cache,
     SequenceState,
@@ -27,6 +26,7 @@ from neuron.layers.cache import (
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed, quantization
 from neuron.models.errors import DoesNotFitError
+from neuron.models.expansion import expansions
 from neuron.models.model import DTYPE_BYTES, ModelConfig
 
 PAGE_TOKENS: Final = 16
@@ -81,6 +81,8 @@ class MemoryPlan:
     weights_bytes: int
     kv_cache_bytes: int
     workspace_bytes: int
+    expanded_bytes: int = 0
+    """Bytes of the weights beyond those in the file, where no kernel reads the form they have there."""
     quant: str = quantization.NONE
     """Result of :func:`neuron.models.quantization.resolve`."""
     native: bool = False
@@ -203,6 +205,13 @@ def _costs(
     gather_bytes = PAGE_TOKENS * token_bytes * max(cache.elements_per_token for cache in caches)
     state_bytes = sum(cache.num_bytes(token_bytes) for cache in caches if isinstance(cache, SequenceState))
     return _Costs(dtype, quant, False, dtype, weights_bytes, fixed_bytes, page_bytes, gather_bytes, state_bytes)
+
+
+def _form_of(costs: _Costs) -> str:
+    """Return the form of the weights, for people."""
+    if costs.quant == quantization.STORED:
+        return "the file's form"
+    return costs.dtype if costs.quant == quantization.NONE else costs.quant
 
 
 def _page_bytes(config: ModelConfig, bytes_of: Callable[[Cache], int], shard: Shard = WHOLE) -> dict[int, int]:
@@ -352,14 +361,16 @@ def plan_memory(
         cached = f"{num_pages * PAGE_TOKENS} tokens" + (f" and {states.num_slots} states" if states else "")
         raise DoesNotFitError(
             f"model does not fit on {device}: needs {_gib(needs)}, free {_gib(free_bytes)} (weights in "
-            f"{own.quant if own.quant in ROUNDED_FORMATS else own.dtype} {_gib(weights_bytes)}, "
+            f"{_form_of(own)} {_gib(weights_bytes)}, "
             f"cache for {cached} {_gib(sizes.total(num_pages, num_running))})",
             needs,
         )
     if states is not None:
         max_sequences = min(max_sequences, states.num_slots)
     found: MemoryPlan | None = None
-    for costs in reversed(each):
+    configs = (config,) if draft is None else (config, draft)
+    for part, costs in reversed([*zip(configs, each, strict=True)]):
+        expanded = expansions(part, costs.dtype, costs.quant, shard, native=costs.native)
         window_tables = sizes.tables(num_pages, num_running) if costs is own else ()
         page_bytes = own.page_bytes[0] if costs is own else draft_bytes
         found = MemoryPlan(
@@ -371,6 +382,7 @@ def plan_memory(
             step_tokens=defaults.step_tokens,
             mixed_step_tokens=defaults.mixed_step_tokens,
             weights_bytes=costs.weights_bytes,
+            expanded_bytes=sum(expansion.more_bytes for expansion in expanded),
             kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables, states),
             workspace_bytes=costs.fixed_bytes + num_pages * costs.gather_bytes,
             quant=costs.quant,
