@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template, from a GGUF file's metadata or a folder's ``tokenizer.json``.
+"""A model's tokenizer and chat template, from a GGUF file's metadata or a folder's tokenizer file.
 
 BPE is rebuilt from GGUF vocabularies, byte-level or SentencePiece's; which rules go with a byte-level one is named in
 the file (:mod:`neuron.text.gguf_rules`). Loads no torch.
@@ -18,6 +18,7 @@ from neuron.models.errors import CorruptWeightsError
 from neuron.models.files import MAX_TOKENIZER_BYTES, quoted, read_bounded, read_json_object
 from neuron.models.gguf import GgufHeader, read_header
 from neuron.text.gguf_rules import RULES, Rules
+from neuron.text.tekken import FILE, SPECIAL, load_tekken
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def _from_folder(folder: pathlib.Path) -> TextFiles:
     try:
         tokenizer = Tokenizer.from_buffer(read_bounded(file, MAX_TOKENIZER_BYTES))
     except FileNotFoundError:
-        raise UnsupportedTokenizerError(f"There is no tokenizer.json in {folder}.") from None
+        return _from_tekken(folder)
     except ApiError:
         raise
     except Exception as error:
@@ -177,6 +178,16 @@ def _from_folder(folder: pathlib.Path) -> TextFiles:
     if config.get("add_bos_token") is True and not before:
         before = _ids_of(tokenizer, special.get("bos_token"))
     return TextFiles(tokenizer, template, special, before, behind)
+
+
+def _from_tekken(folder: pathlib.Path) -> TextFiles:
+    try:
+        tokenizer = load_tekken(folder)
+    except FileNotFoundError:
+        raise UnsupportedTokenizerError(f"There is no tokenizer.json or {FILE} in {folder}.") from None
+    special = {name: text for name, text in SPECIAL.items() if tokenizer.token_to_id(text) is not None}
+    template = _read_text(folder / "chat_template.jinja") or None
+    return TextFiles(tokenizer, template, special, _ids_of(tokenizer, special.get("bos_token")))
 
 
 def _state(component: Any) -> bytes:

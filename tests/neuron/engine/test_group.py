@@ -211,6 +211,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "kind": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
         "norm_topk_prob": True,
     },
+    # Part of a tensor that holds several, a rotation of half of each head, experts of all tokens.
+    "phi3": {"kind": "phi3", "sliding_window": 30},
+    "glm4-moe": {
+        "kind": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "n_shared_experts": 1, "use_qk_norm": True, "attention_bias": True, "num_hidden_layers": 2,
+    },
+    "qwen2-moe": {
+        "kind": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96, "num_hidden_layers": 2,
+    },
     "gemma3": {
         "kind": "gemma3", "sliding_window": 20, "sliding_window_pattern": 3, "num_key_value_heads": 2,
         "final_logit_softcapping": 5.0, "tie_word_embeddings": True,
