@@ -43,20 +43,22 @@ cortex._fast.record cortex.operate cortex.store cortex.upstream neuron.api_descr
 neuron.config neuron.models
 
 cortex._fast.stream_forwarder cortex.background cortex.conversation_endpoints cortex.fleet cortex.metrics
-cortex.preflight cortex.responses_socket neuron.load neuron.text.tokenizer
+cortex.preflight cortex.responses_socket neuron.load neuron.text.tekken
 
 cortex.admin cortex.endpoints cortex.reload cortex.request_log cortex.stored_endpoints cortex.stream_forwarding
-neuron.engine neuron.text
+neuron.text.tokenizer
 
-cortex._fast.fast_path cortex.api_description cortex.cli cortex.dashboard neuron.generation
+cortex._fast.fast_path cortex.api_description cortex.cli cortex.dashboard neuron.engine neuron.text
 
-cortex.inference cortex.rsgi_io neuron.torch_model
+cortex.inference cortex.rsgi_io neuron.generation
 
-cortex.gateway neuron.torch_harness
+cortex.gateway neuron.torch_model
 
-cortex.fast_path cortex.worker neuron.service
+cortex.fast_path cortex.worker neuron.torch_harness
 
-cortex.asgi neuron.node_api
+cortex.asgi neuron.service
+
+neuron.node_api
 
 neuron.api
 

@@ -76,6 +76,7 @@ RULES: Final[dict[str, Rules]] = {
     "pixtral": _LLAMA3_RULES,
     "falcon3": _LLAMA3_RULES,
     "smaug-bpe": Rules((_LLAMA3,)),
+    "dbrx": Rules((_LLAMA3,)),
     "glm4": Rules((_LLAMA3,)),
     "chatglm-bpe": Rules((_LLAMA3,)),
     "qwen2": _QWEN2_RULES,
