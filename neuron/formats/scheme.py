@@ -176,7 +176,7 @@ class Scheme(abc.ABC):
         assert scales is not None
         halves = [scales] if zeros is None else [scales, -zeros * scales]
         head = torch.stack([half.half() for half in halves], -1).view(torch.uint8)
-        quants = matrix.quants.view(torch.uint8).view(len(rows), self.columns // BLOCK, -1)
+        quants = matrix.quants.view(torch.uint8).reshape(len(rows), self.columns // BLOCK, -1)
         return torch.cat((head, quants), -1).view(len(rows), -1)
 
     def _checked(self, take: "Take", rows: range, columns: range) -> Unpacked:
@@ -205,7 +205,8 @@ def numbers_of(words: "torch.Tensor", bits: int) -> "torch.Tensor":
     """Return the numbers of 4 or 8 bits in int32 words ``[n, w]``, lowest bits first: uint8 ``[n, 32 w / bits]``."""
     import torch
 
-    octets = words.contiguous().view(torch.uint8)
+    # A copy in any case: a transposed matrix of one column counts as contiguous, and cannot be seen as bytes.
+    octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return octets if bits == 8 else nibbles_of(octets)
 
 

@@ -204,7 +204,13 @@ class SafetensorsSource:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors, of quantised weights as wholes."""
-        return whole_shapes(self._entries, self._places, self.config)
+        found = whole_shapes(self._entries, self._places, self.config)
+        # Packers of GPTQ write a bias of zeros for a layer without one.
+        for name in {f"{place.module}.bias" for place in self._places.values()} & found.keys() - self._declared.keys():
+            entry = self._entries[name]
+            if entry.dtype in FLOAT_DTYPES and not self._mapped(entry).any():
+                del found[name]
+        return found
 
     def read_into(
         self,

@@ -14,8 +14,10 @@ import atheris
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 
 with atheris.instrument_imports(include=["neuron.models"]):
-    from model_files import check_bytes, folder_config
+    from model_files import check_bytes, folder_config, safetensors_file
 
+QUANTISED_FILE = safetensors_file("gptq")
+"""Weights of the quantised configuration among the sound ones; no other one reads them."""
 FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="fuzz-config-", dir="/dev/shm"))
 
 
@@ -30,7 +32,8 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
 def one_input(data: bytes) -> None:
     """Check one configuration."""
     config, _, generation = data.partition(b"\0")
-    check_bytes({"config.json": config, "generation_config.json": generation or b"{}"}, FOLDER)
+    files = {"config.json": config, "generation_config.json": generation or b"{}", "model.safetensors": QUANTISED_FILE}
+    check_bytes(files, FOLDER)
 
 
 if __name__ == "__main__":

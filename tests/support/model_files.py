@@ -72,6 +72,14 @@ GENERATION: dict[str, Any] = {
     "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1, "eos_token_id": 2
 }  # fmt: skip
 
+QUANTISED: dict[str, Any] = {
+    **CONFIG,
+    "quantization_config": {
+        "quant_method": "gptq", "bits": 4, "group_size": 8, "sym": False, "desc_act": True,
+        "checkpoint_format": "gptq", "weight_block_size": [128, 128], "config_groups": {"a": {"weights": {}}},
+    },
+}  # fmt: skip
+
 HOSTILE: tuple[str, ...] = (
     "null",
     "true",
@@ -168,8 +176,8 @@ def gguf_file(kind: TensorKind = TensorKind.F32) -> bytes:
     return head + bytes(-len(head) % 32) + data
 
 
-def safetensors_file() -> bytes:
-    """Return the weights of the model that ``CONFIG`` describes."""
+def safetensors_file(quantised: str = "") -> bytes:
+    """Return the weights of the model that ``CONFIG`` describes, its projections by ``gptq``, ``awq`` or ``fp8``."""
     shapes = {
         "model.embed_tokens.weight": [16, 8], "model.norm.weight": [8],
         **{f"model.layers.0.{name}.weight": shape for name, shape in {
@@ -178,13 +186,35 @@ def safetensors_file() -> bytes:
             "mlp.gate_proj": [8, 8], "mlp.up_proj": [8, 8], "mlp.down_proj": [8, 8],
         }.items()},
     }  # fmt: skip
-    header, offset = {}, 0
+    stored: dict[str, tuple[str, list[int]]] = {}
     for name, shape in shapes.items():
-        end = offset + 4 * shape[0] * (shape[1] if len(shape) == 2 else 1)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
+        if not quantised or "_proj" not in name:
+            stored[name] = "F32", shape
+            continue
+        rows, columns = shape
+        stem, words = name.removesuffix("weight"), -(-rows // 8)
+        pieces = {
+            "fp8": {"weight": ("F8_E4M3", shape), "weight_scale_inv": ("F32", [1, 1])},
+            "gptq": {
+                "qweight": ("I32", [columns // 8, rows]), "qzeros": ("I32", [1, words]), "scales": ("F16", [1, rows]),
+                "g_idx": ("I32", [columns]),
+            },
+            "awq": {
+                "qweight": ("I32", [columns, words]), "qzeros": ("I32", [1, words]), "scales": ("F16", [1, rows]),
+            },
+        }[quantised]  # fmt: skip
+        stored |= {stem + end: piece for end, piece in pieces.items()}
+    header, data = {}, b""
+    for name, (dtype, shape) in stored.items():
+        # A word is 0 in indices of groups, which are of one group.
+        element = {"F32": struct.pack("<f", 0.5), "F16": struct.pack("<e", 0.5), "F8_E4M3": b"\x30"}.get(
+            dtype, bytes(4)
+        )
+        values = element * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + struct.pack("<f", 0.5) * (offset // 4)
+    return struct.pack("<Q", len(text)) + text + data
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
@@ -210,7 +240,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 def folder_config(rng: random.Random) -> dict[str, bytes]:
     """Return the files of a folder of which some fields are hostile."""
-    base = rng.choice((CONFIG, GEMMA, EXPERTS))
+    base = rng.choice((CONFIG, GEMMA, EXPERTS, QUANTISED))
     config = with_field(base, rng.choice(list(base)), rng.choice(HOSTILE))
     generation = with_field(GENERATION, rng.choice(list(GENERATION)), rng.choice(HOSTILE))
     if rng.random() < 0.3:

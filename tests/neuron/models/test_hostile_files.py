@@ -18,6 +18,7 @@ from model_files import (
     GGUF_VALUES,
     HOSTILE,
     NUMBERS,
+    QUANTISED,
     check_bytes,
     check_config,
     check_weights,
@@ -70,6 +71,30 @@ def test_a_tensor_of_a_kind_that_cannot_be_read_is_named(tmp_path: pathlib.Path,
         "unsupported_quantization",
         True,
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("gptq", ("quant_method", "bits", "sym", "desc_act", "checkpoint_format")),
+        ("fp8", ("weight_block_size", "config_groups")),
+    ],
+)
+def test_any_field_of_a_quantisation_may_hold_anything(
+    tmp_path: pathlib.Path, method: str, fields: tuple[str, ...]
+) -> None:
+    own = {**QUANTISED["quantization_config"], "quant_method": method}
+    weights = safetensors_file(method)
+
+    def check(value: str) -> ModelConfig | ErrorInfo:
+        config = with_field(CONFIG, "quantization_config", value)
+        return check_bytes({"config.json": config, "model.safetensors": weights}, tmp_path, weights=True)
+
+    assert isinstance(check(json.dumps(own)), ModelConfig)
+    for value in HOSTILE:
+        check(value)
+        for name in fields:
+            check(with_field(own, name, value).decode())
 
 
 @pytest.mark.parametrize("config", [CONFIG, GEMMA, EXPERTS], ids=["llama", "gemma", "experts"])
@@ -245,3 +270,6 @@ def test_damage_anywhere(tmp_path: pathlib.Path, seed: int) -> None:
         check_bytes(
             {"config.json": mutated(sound, rng), "model.safetensors": safetensors_file()}, tmp_path, weights=True
         )
+        quantised = {"config.json": json.dumps(QUANTISED).encode(), "model.safetensors": safetensors_file("gptq")}
+        name = rng.choice(list(quantised))
+        check_bytes(quantised | {name: mutated(quantised[name], rng)}, tmp_path, weights=True)

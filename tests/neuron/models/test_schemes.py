@@ -239,6 +239,19 @@ def test_scales_of_activations_and_caches_are_left_alone(floats: pathlib.Path, t
     open_weights(tmp_path).close()
 
 
+def test_a_bias_of_zeros_is_none(floats: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    quantised_copy(floats, tmp_path, CASES["gptq-64"].config, gptq(64))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for value in (0.0, 0.5):
+        tensors["model.layers.0.mlp.up_proj.bias"] = torch.full((320,), value, dtype=torch.float16)
+        save_file(tensors, tmp_path / "model.safetensors")
+        if value:
+            with pytest.raises(CorruptWeightsError, match="unexpected"):
+                open_weights(tmp_path)
+        else:
+            open_weights(tmp_path).close()
+
+
 GPTQ: Any = CASES["gptq-64"].config
 AWQ: Any = CASES["awq-64"].config
 Q = "model.layers.0.self_attn.q_proj."
