@@ -23,6 +23,8 @@ from neuron.triton_kernels.sampling import NON_FINITE, SamplingRows
 MAX_TOP_LOGPROBS: Final = 20
 GREEDY_BELOW: Final = 1e-5
 """Temperature under which sampling is greedy: dividing by it overflows float32."""
+MOST_TEMPERATURE: Final = 1e30
+"""Temperature that stands for higher ones, which overflow float32: all tokens that are kept are equally likely."""
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -96,7 +98,8 @@ class Sampler:
 
         ``output`` holds the tokens generated so far, if it was preempted.
         """
-        self._temperature[slot] = 0 if settings.temperature < GREEDY_BELOW else settings.temperature
+        is_greedy = settings.temperature < GREEDY_BELOW
+        self._temperature[slot] = 0 if is_greedy else min(settings.temperature, MOST_TEMPERATURE)
         self._top_k[slot] = min(settings.top_k, self._vocab_size)
         self._top_p[slot] = settings.top_p
         self._min_p[slot] = settings.min_p

@@ -183,6 +183,17 @@ def test_penalties_and_bias_follow_their_formulas() -> None:
     assert sampler.sample(logits.clone(), slot, np.zeros(1, np.int32)).tolist() == [int(logits.argmax())]
 
 
+@pytest.mark.parametrize("by", [EAGER.sample, draw_natively(native.levels()[0])], ids=["eager", "native"])
+def test_no_heat_draws_a_forbidden_token(by: Draw) -> None:
+    logits = torch.randn(1, 40).repeat(500, 1)
+    for temperature in (1.0, 1e35, 1e300):
+        sampler = Sampler(1, 40, CPU, by)
+        sampler.admit(0, SamplerSettings(temperature=temperature, seed=1), np.zeros(1, np.int32))
+        sampler.constrain(0, np.array([0b111 << 6, 1], np.int32))
+        found = sampler.sample(logits, np.zeros(500, np.int32), np.arange(500, dtype=np.int32))
+        assert set(found.tolist()) == {6, 7, 8, 32}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 3}, {"presence_penalty": 1.0}]
