@@ -193,13 +193,13 @@ class SafetensorsSource:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
-        entries = read_tensors(folder)
-        self.config = config_from_folder(folder, entries)
+        self._stored = read_tensors(folder)
+        self.config = config_from_folder(folder, self._stored)
         self._declared = self.config.tensors()
         self._schemes = {name: kind for name, kind in self.config.tensor_kinds.items() if isinstance(kind, Scheme)}
-        places = places_of(self.config, by_module(entries)) if self._schemes else {}
+        places = places_of(self.config, by_module(self._stored)) if self._schemes else {}
         self._places = {name: place for name, place in places.items() if name in self._schemes}
-        self._entries = by_tensor(self.config, entries, folder)
+        self._entries = by_tensor(self.config, self._stored, folder)
         self._files = MappedFiles()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -290,7 +290,7 @@ class SafetensorsSource:
     ) -> Callable[..., torch.Tensor]:
         """Return a reader of the tensors of a quantised weight."""
         module = self._places[name].module
-        return lambda suffix, *index: move(self._mapped(self._entries[f"{module}.{suffix}"])[index])
+        return lambda suffix, *index: move(self._mapped(self._stored[f"{module}.{suffix}"])[index])
 
     @contextlib.contextmanager
     def _naming(self, name: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -107,12 +108,14 @@ def checkpoint(
     case = CASES[request.param]
     path = tmp_path_factory.mktemp("quantised") / "model"
     expected = quantised_copy(floats, path, case.config, case.write())
-    return Checkpoint(path, case, expected, expected_logits(floats, expected))
+    return Checkpoint(path, case, expected, logits_of(floats, expected))
 
 
-def expected_logits(floats: pathlib.Path, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32)
-    model.load_state_dict(weights)
+def logits_of(folder: pathlib.Path, weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """Return transformers' logits of the model in a folder, with other weights where given."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if weights is not None:
+        model.load_state_dict(weights)
     with torch.inference_mode():
         return model(PROMPT[None]).logits[0]
 
@@ -127,6 +130,17 @@ def prefill(weights: decoder.DecoderWeights, config: ModelConfig) -> torch.Tenso
     return forward.logits(forward.hidden(PROMPT, [batch] * len(caches), caches))
 
 
+def projections(weights: decoder.DecoderWeights) -> list[Any]:
+    """Return the parts of the layers' matrices, but for routers."""
+    found = [
+        each.weight
+        for layer in weights.layers
+        for key, each in layer.items()
+        if hasattr(each, "weight") and key != "router"
+    ]
+    return [part for matrix in found for part in (matrix.parts if isinstance(matrix, StackedMatrix) else (matrix,))]
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
@@ -134,12 +148,10 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_packed_weights_give_transformers_logits(checkpoint: Checkpoint) -> None:
     source = open_weights(checkpoint.path)
     weights = loaded(source, quant=quantization.STORED)
-    projections = [each.weight for layer in weights.layers for each in layer.values() if hasattr(each, "weight")]
-    for matrix in projections:
-        parts = matrix.parts if isinstance(matrix, StackedMatrix) else (matrix,)
-        assert all(isinstance(part, QuantizedMatrix) for part in parts)
-    num_bits = 8 * sum(matrix.nbytes for matrix in projections)
-    assert num_bits / sum(matrix.shape[0] * matrix.shape[1] for matrix in projections) < checkpoint.case.bits
+    parts = projections(weights)
+    assert all(isinstance(part, QuantizedMatrix) for part in parts)
+    num_bits = 8 * sum(part.nbytes for part in parts)
+    assert num_bits / sum(part.shape[0] * part.shape[1] for part in parts) < checkpoint.case.bits
     assert_close(prefill(weights, source.config), checkpoint.logits)
     assert allocated(weights) == quantization.weights_bytes(source.config, "float32", quantization.STORED)
     source.close()
@@ -225,7 +237,7 @@ def test_modules_left_as_they_are_and_mixed_schemes(floats: pathlib.Path, tmp_pa
     weights = loaded(source, quant=quantization.STORED)
     parts = weights.layers[0]["qkv"].weight.parts
     assert [type(part) for part in parts] == [QuantizedMatrix, torch.Tensor, QuantizedMatrix]
-    assert_close(prefill(weights, source.config), expected_logits(floats, expected))
+    assert_close(prefill(weights, source.config), logits_of(floats, expected))
     assert allocated(weights) == quantization.weights_bytes(source.config, "float32", quantization.STORED)
     source.close()
 
@@ -250,6 +262,27 @@ def test_a_bias_of_zeros_is_none(floats: pathlib.Path, tmp_path: pathlib.Path) -
                 open_weights(tmp_path)
         else:
             open_weights(tmp_path).close()
+
+
+@pytest.mark.parametrize("name", ["fp8-blocks", "awq-32", "gptq-order"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "phi3"])
+def test_experts_and_fused_projections(
+    family: str, name: str, make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """Each expert's matrices are quantised apart; queries, keys and values are rows of one matrix, gate and up too."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    shapes = {key: value for key, value in SHAPES.items() if key not in ("kind", "attention_bias", "head_dim")}
+    floats = make_checkpoint(family, **shapes, **(experts | {"head_dim": 64} if family == "qwen3_moe" else {}))
+    expected = quantised_copy(floats, tmp_path / "packed", CASES[name].config, CASES[name].write())
+    shutil.copytree(floats, tmp_path / "plain")
+    save_file(expected, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
+    source = open_weights(tmp_path / "packed")
+    weights = loaded(source, quant=quantization.STORED)
+    scattered = name == "gptq-order" and family == "qwen3_moe"
+    assert all(isinstance(part, QuantizedMatrix) for part in projections(weights) if not scattered)
+    assert_close(prefill(weights, source.config), logits_of(tmp_path / "plain"))
+    assert allocated(weights) == quantization.weights_bytes(source.config, "float32", quantization.STORED)
+    source.close()
 
 
 GPTQ: Any = CASES["gptq-64"].config
