@@ -66,18 +66,30 @@ class PagePool:
             if page in self._key_of:
                 self._idle[page] = None
             else:
-                self._blank[self._num_blank] = page
-                self._num_blank += 1
+                self._free(page)
 
     # -------------------------------------------------------------- published pages
 
     def publish(self, page: int, key: bytes) -> None:
-        """Let ``page``, which is held and full, be found under ``key``. An earlier page of that key stays."""
+        """Let ``page``, which is held and full, be found under ``key``. It replaces an idle page of that key.
+
+        The earlier page would be evicted sooner; one that is held stays.
+        """
         if self._references[page] < 1 or page in self._key_of:
             raise RuntimeError(f"page {page} is published twice or has no references")
-        if key not in self._page_of:
-            self._page_of[key] = page
-            self._key_of[page] = key
+        earlier = self._page_of.get(key)
+        if earlier is not None:
+            if earlier not in self._idle:
+                return
+            del self._idle[earlier], self._key_of[earlier]
+            self._free(earlier)
+        self._page_of[key] = page
+        self._key_of[page] = key
+
+    def _free(self, page: int) -> None:
+        """Make a page blank."""
+        self._blank[self._num_blank] = page
+        self._num_blank += 1
 
     def has(self, key: bytes) -> bool:
         """Return whether a page of ``key`` is cached."""

@@ -24,6 +24,19 @@ def test_pages_return_to_where_they_came_from(sizes: list[int], random: object) 
     assert pool.num_free == 64
 
 
+def test_a_newer_page_replaces_an_idle_one_of_its_key() -> None:
+    pool = PagePool(4)
+    first, second, third = (pool.allocate(1) for _ in range(3))
+    pool.publish(int(first[0]), b"key")
+    pool.publish(int(second[0]), b"key")
+    assert pool.find([b"key"]) == first, "it is held, and stays"
+    pool.release(first)
+    pool.publish(int(third[0]), b"key")
+    assert pool.find([b"key"]) == third
+    assert (pool.num_idle, pool.num_free) == (0, 2)
+    pool.check_integrity([second, third])
+
+
 def test_misuse_of_pages_is_loud() -> None:
     pool = PagePool(4)
     with pytest.raises(RuntimeError, match="5 pages wanted, 4 free"):

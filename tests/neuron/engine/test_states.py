@@ -212,6 +212,21 @@ def test_a_preempted_sequence_resumes_from_its_longest_checkpoint() -> None:
     assert all(source and start == 128 for source, start in resumed)
 
 
+def test_what_a_turn_computes_again_is_as_recent_as_the_turn() -> None:
+    """Pages behind the checkpoint are found under the keys of older ones, which would be evicted first."""
+    scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=30))
+    run(scheduler, sequence(1, 180))
+    run(scheduler, sequence(2, 160, differs_at=0))
+    run(scheduler, second := sequence(3, 220))
+    assert second.num_cached == 128
+    run(scheduler, sequence(4, 190, differs_at=0))
+    run(scheduler, third := sequence(5, 280))
+    assert third.num_cached == 192
+    scheduler.add(other := sequence(2, 160, differs_at=0))
+    scheduler.admit()
+    assert other.num_cached < 128
+
+
 # ------------------------------------------------------------------ sizes
 
 
