@@ -1,6 +1,7 @@
 """Grouped-query attention with a rotary embedding (arXiv:2305.13245, arXiv:2104.09864), norms and projections.
 
-``x += norm_out(W_o attend(rotate(norm_qk(W_qkv norm(x)))))``; the norms of heads and of the output are optional.
+``x += norm_out(W_o attend(rotate(norm_qk(W_qkv norm(x)))))``; the norms of heads and of the output are optional, and a
+gate of the output before W_o (arXiv:2505.06708).
 """
 
 import dataclasses
@@ -47,6 +48,8 @@ class Attention:
     """Whether each query and key head is normalised before it is rotated."""
     out_norm: bool = False
     """Whether the output is normalised before it is added to the residual."""
+    gated: bool = False
+    """Whether the output is multiplied by the sigmoid of gates, whose rows stand behind those of each query head."""
     query_growth: QueryGrowth = QueryGrowth()
     window_tokens: int = 0
     """Number of last tokens, its own included, that a token attends to; 0: all."""
@@ -64,9 +67,11 @@ class Attention:
         """See :class:`~neuron.layers.layer.Layer`."""
         hidden, dim = self.norm.size, self.head_dim
         orders = self.rope.order(), self.rope.order(adjacent=self.gguf_interleaves)
+        query_dim = 2 * dim if self.gated else dim
+        query_orders = tuple((*order, *range(dim, query_dim)) if order else () for order in orders)
         heads, kv_heads = shard.query_heads(self.num_heads, self.num_kv_heads), shard.kv_heads(self.num_kv_heads)
         each = [
-            ("q", self.num_heads * dim, scaled(heads, dim), orders),
+            ("q", self.num_heads * query_dim, scaled(heads, query_dim), query_orders),
             ("k", self.num_kv_heads * dim, scaled(kv_heads, dim), orders),
             ("v", self.num_kv_heads * dim, scaled(kv_heads, dim), ((), ())),
         ]
@@ -118,16 +123,22 @@ class Attention:
     def workspace(self, shard: Shard = WHOLE) -> int:
         """See :class:`~neuron.layers.layer.Layer`."""
         heads = len(shard.query_heads(self.num_heads, self.num_kv_heads))
-        return 2 * (heads + len(shard.kv_heads(self.num_kv_heads))) * self.head_dim
+        kv_heads = len(shard.kv_heads(self.num_kv_heads))
+        gated = 3 * heads + 2 * kv_heads if self.gated else 0
+        return (2 * (heads + kv_heads) + gated) * self.head_dim
 
     def forward(self, step: "Step", weights: Weights, residual: "torch.Tensor", cache: Any) -> None:
         """See :class:`~neuron.layers.layer.Layer`."""
         eps, qkv, rotary = self.norm.eps, weights["qkv"], step.rotary(weights["rope"])
         x = step.operations.normed_linear(residual, (weights["norm"], eps), qkv.weight, qkv.bias)
-        qk_norm = weights.get("qk_norm")
+        qk_norm, gates = weights.get("qk_norm"), None
+        if self.gated:
+            x, gates = step.ungated(x, cache.keys.shape[2], self.head_dim)
         if self.query_growth.factor:
             # A rotation is linear, so the queries may be scaled before it; such models have no norm of heads.
             queries = x[:, : x.shape[1] - 2 * cache.keys.shape[2] * self.head_dim]
             queries *= step.query_scales(self.query_growth.factor, self.query_growth.context_tokens)
         x = step.attend(x, rotary, cache, scale=self.scale, window=self.window_tokens, qk_norm=qk_norm, eps=eps)
+        if gates is not None:
+            x *= gates.sigmoid()
         step.add_linear(x, weights["output"], (weights["out_norm"], eps) if self.out_norm else None, residual)

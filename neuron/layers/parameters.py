@@ -31,6 +31,8 @@ class Tensor:
     """The same in GGUF."""
     less_one: bool = False
     """Whether safetensors store it less one."""
+    log_of_negative: bool = False
+    """Whether safetensors store the logarithm of its negative."""
 
     def __post_init__(self) -> None:
         """Take all rows and columns, unless a part is given."""
@@ -42,9 +44,8 @@ class Tensor:
     def within(self, prefix: str, gguf_prefix: str) -> "Tensor":
         """Return the tensor with its full names."""
         # Not dataclasses.replace, which takes twice as long: a mixture of experts has 20,000 tensors.
-        where = self.shape, self.rows, self.columns
-        how = self.order, self.gguf_order, self.less_one
-        return Tensor(prefix + self.name, gguf_prefix + self.gguf, *where, *how)
+        where = prefix + self.name, gguf_prefix + self.gguf, self.shape, self.rows, self.columns
+        return Tensor(*where, self.order, self.gguf_order, self.less_one, self.log_of_negative)
 
     @property
     def num_elements(self) -> int:

@@ -1,6 +1,6 @@
 """Step of T tokens, as the forward pass of layers gets it: operations, the batch, and values that layers share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +69,23 @@ class Step:
         """Return the attention ``[T, H D]`` of the projections ``qkv``, whose keys and values are written."""
         parameters = AttentionParameters(scale, window, qk_norm=qk_norm, eps=eps)
         return self.operations.attention(qkv, rotary, cache, self.batch, parameters)
+
+    def ungated(self, x: torch.Tensor, num_kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values ``[T, (H + 2 K) D]``, and gates ``[T, H D]``, of projections of all these.
+
+        In ``x`` ``[T, 2 (H + K) D]`` the gate of each query head stands behind it.
+        """
+        width = x.shape[1] - 2 * num_kv_heads * head_dim
+        queries, gates = x[:, :width].view(len(x), -1, 2, head_dim).unbind(2)
+        return torch.cat((queries.flatten(1), x[:, width:]), dim=1), gates.flatten(1)
+
+    def regrouped(self, x: torch.Tensor, num_groups: int, widths: Sequence[int]) -> torch.Tensor:
+        """Return ``x`` with the parts of ``widths`` of all its groups side by side, instead of all parts of each group.
+
+        ``[T, num_groups * sum(widths)]``.
+        """
+        parts = torch.split(x.view(len(x), num_groups, -1), list(widths), dim=2)
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def add_linear(self, x: torch.Tensor, linear: Linear, norm: Norm | None, residual: torch.Tensor) -> None:
         """Add ``x weight^T + bias``, summed over the ranks and normalised where ``norm`` is given, to ``residual``."""

@@ -14,7 +14,7 @@ from neuron.layers.layer import Layer
 from neuron.layers.mlp import GatedMlp
 from neuron.layers.norm import Norm
 from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError
-from neuron.models.fields import MAX_WIDTH, NOT_WINDOWED, WINDOWED, Fields
+from neuron.models.fields import MAX_WIDTH, NOT_WINDOWED, RECURRENT, WINDOWED, Fields
 from neuron.models.files import quoted
 from neuron.models.model import ModelConfig
 from neuron.models.rope import rope_of
@@ -118,7 +118,8 @@ def decoder_of(
     """
     path, values = fields.path, fields.values
     attentions = [layer for block in blocks for layer in block if isinstance(layer, Attention)]
-    windows = bool(values.get("use_sliding_window") or set(fields.names("layer_types")) - {NOT_WINDOWED})
+    known = {NOT_WINDOWED} if len(attentions) == len(blocks) else {NOT_WINDOWED, RECURRENT}
+    windows = bool(values.get("use_sliding_window") or set(fields.names("layer_types")) - known)
     if windows and not any(layer.window_tokens for layer in attentions):
         raise UnsupportedArchitectureError(f"{path}: sliding-window attention is not supported")
     if values.get("mlp_bias"):
@@ -142,12 +143,12 @@ def decoder_of(
     )
 
 
-def kinds_of(fields: Fields) -> tuple[str, ...]:
-    """Return the kind of attention of each layer; nothing where the file does not tell."""
+def kinds_of(fields: Fields, other: str = WINDOWED) -> tuple[str, ...]:
+    """Return the kind of each layer, attention or ``other``; nothing where the file does not tell."""
     kinds, num_layers = fields.names("layer_types"), fields.size("num_hidden_layers")
-    if kinds and (len(kinds) != num_layers or set(kinds) - {WINDOWED, NOT_WINDOWED}):
+    if kinds and (len(kinds) != num_layers or set(kinds) - {other, NOT_WINDOWED}):
         raise CorruptWeightsError(
-            fields.path, f"layer_types does not name a kind of attention for each of {num_layers} layers"
+            fields.path, f"layer_types does not name a known kind for each of {num_layers} layers"
         )
     return kinds
 

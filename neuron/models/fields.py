@@ -26,13 +26,14 @@ MAX_HEAD_DIM: Final = 1 << 12
 LIMITS: Final = {
     "vocab_size": MAX_VOCABULARY,
     "num_hidden_layers": MAX_LAYERS,
-    "head_dim": MAX_HEAD_DIM,
+    **dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim"), MAX_HEAD_DIM),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), MAX_EXPERTS),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), MAX_EXPERTS),
     **dict.fromkeys(("num_nextn_predict_layers", "first_k_dense_replace"), MAX_LAYERS),
     **dict.fromkeys(
         (
             *("hidden_size", "num_attention_heads", "num_key_value_heads"),
+            *("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim"),
             *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
         ),
         MAX_WIDTH,
@@ -64,6 +65,11 @@ GGUF_KEYS: Final = {
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
     "num_nextn_predict_layers": "nextn_predict_layers",
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    "linear_value_width": "ssm.inner_size",
     "rope_type": "rope.scaling.type",
     "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
@@ -87,7 +93,8 @@ FACTORS: Final = (FREQUENCY_FACTORS, GGUF_KEYS["short_factor"], GGUF_KEYS["long_
 
 WINDOWED: Final = "sliding_attention"
 NOT_WINDOWED: Final = "full_attention"
-"""Kinds of attention layers, as ``layer_types`` names them."""
+RECURRENT: Final = "linear_attention"
+"""Kinds of layers, as ``layer_types`` names them."""
 
 
 class Fields(abc.ABC):
@@ -199,7 +206,8 @@ class GgufFields(Fields):
                 **values,
                 "vocab_size": table.shape[0] if table else 0,
                 "tie_word_embeddings": "output.weight" not in tensors,
-                "attention_bias": "blk.0.attn_q.bias" in tensors,
+                "attention_bias": any(name.endswith(".attn_q.bias") for name in tensors),
+                "mlp_only_layers": [i for i in range(MAX_LAYERS) if f"blk.{i}.ffn_up.weight" in tensors],
                 "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
                 "mscale": 1.0,
             },

@@ -2,7 +2,20 @@
 
 from typing import Final
 
-from neuron.models import gemma3, glm4_moe, llama, mistral, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3
+from neuron.models import (
+    gemma3,
+    glm4_moe,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    qwen3_next,
+    smollm3,
+)
 from neuron.models.errors import UnsupportedArchitectureError
 from neuron.models.family import Family
 
@@ -10,6 +23,7 @@ FAMILIES: Final[dict[str, Family]] = {
     name: family
     for family in (
         *(llama.FAMILY, mistral.FAMILY, phi3.FAMILY, smollm3.FAMILY, gemma3.FAMILY),
+        *(qwen3_5.FAMILY, qwen3_5.MOE_FAMILY, qwen3_next.FAMILY),
         *(qwen2.FAMILY, qwen2_moe.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, glm4_moe.FAMILY),
     )
     for name in (family.name, family.gguf_name or family.name, *family.other_names)

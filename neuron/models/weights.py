@@ -247,6 +247,8 @@ class SafetensorsSource:
         transfer.copy(part, destination)
         if self._declared[name].less_one:
             destination.add_(1)
+        elif self._declared[name].log_of_negative:
+            destination.exp_().neg_()
 
     def read_stored(self, name: str) -> StoredTensor | None:
         """Return the mapped tensor, or GGUF's blocks of a quantised weight that has such."""

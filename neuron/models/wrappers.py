@@ -15,6 +15,9 @@ WRAPPERS: Final = {
     "gemma3": ("Gemma3ForConditionalGeneration", "gemma3_text"),
     "llava": ("LlavaForConditionalGeneration", "llama"),
     "mistral3": ("Mistral3ForConditionalGeneration", "mistral"),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
+    "qwen3_8": ("Qwen3_5ForConditionalGeneration", "qwen3_8_text"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text"),
 }

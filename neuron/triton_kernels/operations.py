@@ -6,7 +6,18 @@ Each is declared in a file of its own; here they are bound to eager torch or to 
 
 from typing import Final
 
-from neuron.triton_kernels import attention, decode_step, experts, linear, norm, rotary, sampling
+from neuron.triton_kernels import (
+    attention,
+    causal_convolution,
+    decode_step,
+    experts,
+    gated_delta,
+    gated_norm,
+    linear,
+    norm,
+    rotary,
+    sampling,
+)
 
 
 class Operations:
@@ -19,6 +30,9 @@ class Operations:
     rms_norm = norm.rms_norm
     rotary_table = rotary.rotary_table
     attention = attention.attention
+    causal_convolution = causal_convolution.causal_convolution
+    gated_delta = gated_delta.gated_delta
+    gated_norm = gated_norm.gated_norm
     add_experts = experts.add_experts
     sample = sampling.sample
     begin_step = decode_step.begin_step

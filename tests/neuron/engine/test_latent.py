@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cached_layers import FAMILIES_OF_TESTS, WIDTH, make_model
+from cached_layers import FAMILY, WIDTH, make_model
 from graph_rig import ByDefinition, Recorded
 
 from neuron.device import jobs
@@ -19,8 +19,8 @@ PROMPT = [1 + 7 * i % 60 for i in range(70)]
 
 @pytest.fixture
 def latent(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
-    monkeypatch.setitem(FAMILIES, "latent", FAMILIES_OF_TESTS["latent"])
-    return make_model("latent", tmp_path)
+    monkeypatch.setitem(FAMILIES, "latent", FAMILY)
+    return make_model(tmp_path)
 
 
 @pytest.mark.parametrize("with_graphs", [False, True], ids=["eager", "graphs"])

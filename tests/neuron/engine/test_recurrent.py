@@ -1,4 +1,4 @@
-"""A layer with a state, made for the test: the same logits however a prompt is cut, resumed, batched and padded."""
+"""A model with a recurrent state: the same logits however a prompt is cut, resumed, batched and padded."""
 
 import array
 import concurrent.futures
@@ -8,10 +8,11 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import cached_layers
+import hybrid_models
 import numpy as np
 import pytest
 import torch
-from cached_layers import FAMILIES_OF_TESTS, make_model
 from graph_rig import ByDefinition, Recorded
 
 from cortex.wire.node import ModelSpec
@@ -41,13 +42,17 @@ Outcome = tuple[list[int], np.ndarray[Any, Any]]
 
 @pytest.fixture(autouse=True)
 def families(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, family in FAMILIES_OF_TESTS.items():
-        monkeypatch.setitem(FAMILIES, name, family)
+    monkeypatch.setitem(FAMILIES, "latent", cached_layers.FAMILY)
 
 
-@pytest.fixture
-def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    return make_model("recurrent", tmp_path)
+def make_model(name: str, folder: pathlib.Path) -> pathlib.Path:
+    """Write a model with a recurrent state or with a latent cache."""
+    return cached_layers.make_model(folder) if name == "latent" else hybrid_models.make_model("small", folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return make_model("recurrent", tmp_path_factory.mktemp("recurrent"))
 
 
 @pytest.fixture(params=["eager", "graphs"])
@@ -315,19 +320,19 @@ def test_a_state_has_no_drafts(
 
 def test_such_a_model_runs_in_eager_torch_in_two_dtypes(folder: pathlib.Path, harness: Callable[..., Any]) -> None:
     config = read_config(folder)
-    assert "layers (Attention, Recurrence, GatedMlp) that only the eager path computes" in str(packed.obstacle(config))
+    assert "layers (GatedDelta, GatedMlp) that only the eager path computes" in str(packed.obstacle(config))
     driver = harness()
     driver.load(folder, dtype="bfloat16", max_sequences=5)
     plan = driver.model().plan
     assert not plan.native
-    # 3 x 72 elements in bfloat16, on 64 bytes, and 3 x 8 x 8 in float32, in each of two layers.
-    assert plan.states.slot_bytes == 2 * (448 + 768)
+    # 3 x 144 elements in bfloat16, on 64 bytes, and 6 x 16 x 8 in float32, in each of two layers.
+    assert plan.states.slot_bytes == 2 * (896 + 3072)
     held = caches(driver)._states
     assert held is not None
     assert held.nbytes == plan.states.total_bytes
-    inputs, recurrent = caches(driver).layers[1] or ()
-    assert (inputs.dtype, inputs.shape) == (torch.bfloat16, (1 + plan.states.num_slots, 3, 72))
-    assert (recurrent.dtype, recurrent.shape) == (torch.float32, (1 + plan.states.num_slots, 3, 8, 8))
+    inputs, recurrent = caches(driver).layers[0] or ()
+    assert (inputs.dtype, inputs.shape) == (torch.bfloat16, (1 + plan.states.num_slots, 3, 144))
+    assert (recurrent.dtype, recurrent.shape) == (torch.float32, (1 + plan.states.num_slots, 6, 16, 8))
 
 
 # ------------------------------------------------------------------ tensor parallelism

@@ -1,0 +1,72 @@
+"""Small random models of gated delta nets and gated attention, written by transformers, that remember for long.
+
+As transformers starts them, a state forgets within a token, and its loss would not show.
+"""
+
+import pathlib
+from typing import Any
+
+import torch
+import transformers
+
+CONFIG: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 77, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6, "linear_key_head_dim": 16, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5": ("Qwen3_5", {}),
+    "small": (
+        "Qwen3_5",
+        {
+            "num_hidden_layers": 3,
+            "linear_num_key_heads": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
+    "qwen3_5_tied": ("Qwen3_5", {"linear_num_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_5_moe": ("Qwen3_5Moe", EXPERTS),
+    "qwen3_next": ("Qwen3Next", {**EXPERTS, "mlp_only_layers": [1], "norm_topk_prob": False}),
+}
+"""Class of each kind of model, and its differences."""
+
+
+def make_model(kind: str, folder: pathlib.Path) -> pathlib.Path:
+    """Write a model to ``folder``, and return this."""
+    name, changes = MODELS[kind]
+    values = {**CONFIG, **changes}
+    if "Moe" in name:
+        del values["intermediate_size"]
+    config_name = name + ("Config" if name == "Qwen3Next" else "TextConfig")
+    torch.manual_seed(5)
+    model = getattr(transformers, name + "ForCausalLM")(getattr(transformers, config_name)(**values))
+    for parameter_name, parameter in model.named_parameters():
+        remember(parameter_name, parameter.data)
+    model.save_pretrained(folder)
+    return folder
+
+
+def remember(name: str, values: torch.Tensor) -> None:
+    """Start a parameter so that states matter to the logits for many tokens."""
+    match name.rpartition("layers.")[2].partition(".")[2] or name:
+        case "linear_attn.A_log":
+            values.uniform_(0.001, 0.1).log_()
+        case "linear_attn.dt_bias":
+            values.uniform_(-3, 0)
+        case "linear_attn.conv1d.weight":
+            values.normal_(std=0.5)
+        case "linear_attn.norm.weight":
+            values.uniform_(0.5, 1.5)
+        case "mlp.gate.weight" | "mlp.shared_expert_gate.weight":
+            values.normal_(std=0.3)
+        case _ if "norm" in name or name.endswith("bias"):
+            values.normal_(std=0.3)
+        case _:
+            values.normal_(std=0.16)
