@@ -261,6 +261,8 @@ class _Form(NamedTuple):
     SUPER: int
     """Elements that share a scale of scales; 0: a row, or there are none."""
     STEP: float
+    AS_BYTES: bool
+    """Whether float8 is converted by its bits."""
 
 
 def _form_of(weight: QuantizedMatrix, target: Target) -> tuple[QuantizedMatrix, _Form]:
@@ -277,8 +279,9 @@ def _form_of(weight: QuantizedMatrix, target: Target) -> tuple[QuantizedMatrix, 
         SCALES=encoding,
         SUPER=SUPER_BLOCK if supers is not None and supers.dtype == torch.float16 else 0,
         STEP=table.step if table else 1.0,
+        AS_BYTES=kind is Quantization.FP8 and target.capability < FP8_CAPABILITY,
     )
-    if kind is Quantization.FP8 and target.capability < FP8_CAPABILITY:
+    if form.AS_BYTES:
         weight = dataclasses.replace(weight, quants=weight.quants.view(torch.uint8))
     return dataclasses.replace(weight, scales=weight.scales.view(torch.uint8)) if encoding else weight, form
 
@@ -286,11 +289,11 @@ def _form_of(weight: QuantizedMatrix, target: Target) -> tuple[QuantizedMatrix, 
 def quantized_tiles(num_rows: int, form: _Form, target: Target) -> Tiles:
     """Return the tiles of so many rows.
 
-    Weights take many registers while they are unpacked, if they are bulky: less than a byte each, or with scales of
-    scales; and more if they are looked up. A size below the fastest spilled with one of the supported compilers
-    (``make check-kernels``).
+    Weights take many registers while they are unpacked, if they are bulky: less than a byte each, with scales of
+    scales, or converted by their bits; and more if they are looked up. A size below the fastest spilled with one of the
+    supported compilers (``make check-kernels``).
     """
-    bulky = form.BITS < 8 or form.SUPER > 0
+    bulky = form.BITS < 8 or form.SUPER > 0 or form.AS_BYTES
     looked_up = form.LOW is not None and target.capability < 90
     if num_rows <= 16:
         if target.capability == 100:
