@@ -8,6 +8,8 @@
  *   W4   32 columns, 320 bytes: dword [j][r], j < 4, whose byte i holds column 4j + i in its low nibble and column
  *        16 + 4j + i in its high one (the order of GGUF's own blocks, so packing moves dwords); then 16 scales d and 16
  *        offsets m, float16: w = d q + m
+ *   IQ4, FP4  32 columns, 288 bytes: codes as W4's, then 16 scales d, in IQ4 float16, in FP4 bfloat16, so that a power of
+ *        two of float8 e8m0 is one: w = d t[q], with a table of 16 numbers
  *   W8   32 columns, 544 bytes: dword [j][r], j < 8, whose byte i holds column 4j + i plus 128; then 16 scales d,
  *        float16: w = d (q - 128)
  *   W16  2 columns, 64 bytes: bfloat16 pairs [r]
@@ -22,9 +24,25 @@
 
 enum { BLOCK_ROWS = 16, GROUP = 32, PAGE_TOKENS = 16 };
 
-enum format { W4 = 0, W8 = 1, W16 = 2, W32 = 3 };
+/* Up to W8 activations are int8. */
+enum format { W4 = 0, IQ4 = 1, FP4 = 2, W8 = 3, W16 = 4, W32 = 5 };
 
-enum { W4_GROUP_BYTES = 320, W8_GROUP_BYTES = 544, W16_GROUP_BYTES = 64, W32_GROUP_BYTES = 64 };
+static inline int group_bytes(int format) {
+    switch (format) {
+    case W4: return 320;
+    case IQ4:
+    case FP4: return 288;
+    case W8: return 544;
+    default: return 64;
+    }
+}
+
+/* The numbers of 4-bit codes, plus 128 as in W8: ggml's kvalues_iq4nl, and float4 e2m1 in halves. */
+static inline const uint8_t *code_table(int format) {
+    static const uint8_t iq4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+    static const uint8_t fp4[16] = {128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116};
+    return format == IQ4 ? iq4 : fp4;
+}
 
 struct matrix {
     const uint8_t *data;
@@ -40,7 +58,7 @@ struct group8 {
     int8_t q[GROUP];
     float scale;
     float scaled_sum;    /* scale * sum(q): times m of W4 */
-    int32_t minus128sum; /* -128 * sum(q): undoes the offset of W8 */
+    int32_t minus128sum; /* -128 * sum(q): undoes the offset of W8 and of tables */
     int32_t remainder;   /* of a row's first group: number of remainders; of a remainder: index of its group */
 };
 
@@ -58,8 +76,7 @@ static inline int num_groups(int format, int columns) {
 }
 
 static inline size_t block_bytes(int format, int columns) {
-    static const int group_bytes[] = {W4_GROUP_BYTES, W8_GROUP_BYTES, W16_GROUP_BYTES, W32_GROUP_BYTES};
-    return (size_t)num_groups(format, columns) * (size_t)group_bytes[format];
+    return (size_t)num_groups(format, columns) * (size_t)group_bytes(format);
 }
 
 /* Bytes of one row of activations in the form that a matrix of `format` multiplies, a multiple of 64. */

@@ -1,6 +1,7 @@
 /* y[T, rows] = x[T, columns] w^T, from packed weights, with a fused epilogue.
  *
  *     w4, w8:  y = sum over groups g of d[g] s[g] (q[g] . x[g]) + m[g] s[g] sum(x[g])     int32 within a group
+ *     iq4, fp4: as w8, of the numbers that codes stand for
  *     w16:     bfloat16 products, float32 sums        w32: float32
  *
  * A block of 16 rows is multiplied with a tile of up to TILE_ROWS activations while its weights are in registers, then
@@ -41,10 +42,11 @@ INLINE void remainders(const int format, const uint8_t *w, int groups, const uin
     const struct group8 *row = (const struct group8 *)x[0];
     for (int i = 0; i < row->remainder; i++) {
         int of = row[groups + i].remainder;
+        const uint8_t *group = w + (size_t)of * (size_t)group_bytes(format);
         if (format == W4)
-            w4_group(1, w + (size_t)of * W4_GROUP_BYTES, x, groups + i, acc);
+            w4_group(1, group, x, groups + i, acc);
         else
-            w8_group(1, w + (size_t)of * W8_GROUP_BYTES, x, groups + i, acc);
+            w8_group(format, 1, group, x, groups + i, acc);
     }
 }
 
@@ -53,33 +55,31 @@ INLINE void block_dot(const int format, const int num_rows, const uint8_t *w, in
                       vf *acc) {
     const uint8_t *block = w;
     UNROLL for (int b = 0; b < num_rows; b++) acc[b] = vf_zero();
-    if (format == W4) {
-        for (int g = 0; g < groups; g++, w += W4_GROUP_BYTES) {
-            prefetch(w, W4_GROUP_BYTES);
-            w4_group(num_rows, w, x, g, acc);
-        }
-    } else if (format == W8) {
-        for (int g = 0; g < groups; g++, w += W8_GROUP_BYTES) {
-            prefetch(w, W8_GROUP_BYTES);
-            w8_group(num_rows, w, x, g, acc);
+    if (format <= W8) {
+        for (int g = 0; g < groups; g++, w += group_bytes(format)) {
+            prefetch(w, group_bytes(format));
+            if (format == W4)
+                w4_group(num_rows, w, x, g, acc);
+            else
+                w8_group(format, num_rows, w, x, g, acc);
         }
     } else if (format == W16) {
         /* Two chains: one alone is bound by the latency of its sums at one activation. */
         vf more[TILE_ROWS];
         int g = 0;
         UNROLL for (int b = 0; b < num_rows; b++) more[b] = vf_zero();
-        for (; g + 1 < groups; g += 2, w += 2 * W16_GROUP_BYTES) {
-            prefetch(w, 2 * W16_GROUP_BYTES);
+        for (; g + 1 < groups; g += 2, w += 2 * group_bytes(W16)) {
+            prefetch(w, 2 * group_bytes(W16));
             UNROLL for (int b = 0; b < num_rows; b++) {
                 acc[b] = w16_dot(acc[b], w, load_u32(x[b] + 4 * g));
-                more[b] = w16_dot(more[b], w + W16_GROUP_BYTES, load_u32(x[b] + 4 * g + 4));
+                more[b] = w16_dot(more[b], w + group_bytes(W16), load_u32(x[b] + 4 * g + 4));
             }
         }
         if (g < groups)
             UNROLL for (int b = 0; b < num_rows; b++) acc[b] = w16_dot(acc[b], w, load_u32(x[b] + 4 * g));
         UNROLL for (int b = 0; b < num_rows; b++) acc[b] = vf_add(acc[b], more[b]);
     } else {
-        for (int g = 0; g < groups; g++, w += W32_GROUP_BYTES) {
+        for (int g = 0; g < groups; g++, w += group_bytes(W32)) {
             float lanes[16];
             memcpy(lanes, w, sizeof lanes);
             vf weights = vf_load(lanes);
@@ -87,7 +87,7 @@ INLINE void block_dot(const int format, const int num_rows, const uint8_t *w, in
                 acc[b] = vf_fma(weights, vf_set1(load_float(x[b] + 4 * g)), acc[b]);
         }
     }
-    if (format == W4 || format == W8)
+    if (format <= W8)
         for (int b = 0; b < num_rows; b++) remainders(format, block, groups, x + b, acc + b);
 }
 
@@ -178,6 +178,8 @@ INLINE void blocks(const int format, const struct matmul *t, int first_block, in
 void LEVEL(matmul)(const struct matmul *task, int first_block, int end_block) {
     switch (task->w->format) {
     case W4: blocks(W4, task, first_block, end_block); break;
+    case IQ4: blocks(IQ4, task, first_block, end_block); break;
+    case FP4: blocks(FP4, task, first_block, end_block); break;
     case W8: blocks(W8, task, first_block, end_block); break;
     case W16: blocks(W16, task, first_block, end_block); break;
     case W32: blocks(W32, task, first_block, end_block); break;

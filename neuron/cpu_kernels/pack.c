@@ -5,6 +5,9 @@
  *     Q5_0  d (q - 16)         -> W8                  exact
  *     Q8_0  d q                -> W8                  exact
  *     Q4_K  d sc q - dmin sm   -> W4 a sub-block      d sc and dmin sm rounded to float16: 2^-11 of the scale
+ *     IQ4_NL  d t[q]           -> IQ4                 exact
+ *     IQ4_XS  d sc t[q]        -> IQ4 a sub-block     d sc rounded to float16
+ *     MXFP4  2^e t[q]          -> FP4                 exact
  *     Q6_K and anything else   -> W8                  rounded to 255 levels of each 32 columns' largest
  *     float                    -> W16, W32 (or W8)
  *
@@ -27,6 +30,9 @@ static size_t block_size(int kind, int *elements) {
     case KIND_Q8_0: *elements = GROUP; return 34;
     case KIND_Q4_K: *elements = SUPER; return 144;
     case KIND_Q6_K: *elements = SUPER; return 210;
+    case KIND_IQ4_NL: *elements = GROUP; return 18;
+    case KIND_IQ4_XS: *elements = SUPER; return 136;
+    case KIND_MXFP4: *elements = GROUP; return 17;
     default: *elements = 1; return 0;
     }
 }
@@ -40,7 +46,12 @@ size_t row_bytes(int kind, int columns) {
 int can_pack(int kind, int format) {
     int elements;
     if (block_size(kind, &elements) == 0) return 0;
-    return format != W4 || kind == KIND_Q4_0 || kind == KIND_Q4_1 || kind == KIND_Q4_K;
+    switch (format) {
+    case W4: return kind == KIND_Q4_0 || kind == KIND_Q4_1 || kind == KIND_Q4_K;
+    case IQ4: return kind == KIND_IQ4_NL || kind == KIND_IQ4_XS;
+    case FP4: return kind == KIND_MXFP4;
+    default: return 1;
+    }
 }
 
 static uint16_t load_u16(const uint8_t *from) { return (uint16_t)(from[0] | from[1] << 8); }
@@ -78,6 +89,26 @@ static void read_w4(int kind, const uint8_t *row, int g, uint8_t codes[16], floa
         for (int i = 0; i < 16; i++)
             codes[i] = (uint8_t)((bytes[i] >> shift & 15) | (bytes[i + 16] >> shift & 15) << 4);
     }
+}
+
+/* The codes (in the order of W4) of group g of a row of a kind with a table, and their scale. */
+static const uint8_t *read_coded(int kind, const uint8_t *row, int g, float *d) {
+    if (kind == KIND_IQ4_NL) {
+        const uint8_t *block = row + 18 * (size_t)g;
+        *d = half_to_float(load_u16(block));
+        return block + 2;
+    }
+    if (kind == KIND_IQ4_XS) {
+        const uint8_t *block = row + 136 * (size_t)(g / 8);
+        int j = g % 8;
+        int scale = (block[4 + j / 2] >> j % 2 * 4 & 15) | (load_u16(block + 2) >> 2 * j & 3) << 4;
+        *d = half_to_float(load_u16(block)) * (float)(scale - 32);
+        return block + 8 + 16 * j;
+    }
+    /* A power of two, halved for the table; those below 2^-126 are subnormal. */
+    const uint8_t *block = row + 17 * (size_t)g;
+    *d = bits_float(block[0] < 2 ? 0x200000u << block[0] : (uint32_t)(block[0] - 1) << 23);
+    return block + 1;
 }
 
 /* The scale and the codes of group g of a row of a kind that is d times a whole number. */
@@ -120,6 +151,14 @@ static void read_floats(int kind, const uint8_t *row, int g, int columns, float 
             int code = (low[i] >> (quarter / 2 * 4) & 15) | (high[i] >> (2 * quarter) & 3) << 4;
             out[i] = d * (float)(int8_t)scales[i / 16] * (float)(code - 32);
         }
+    } else if (kind == KIND_IQ4_NL || kind == KIND_IQ4_XS || kind == KIND_MXFP4) {
+        const uint8_t *table = code_table(kind == KIND_MXFP4 ? FP4 : IQ4);
+        float d;
+        const uint8_t *codes = read_coded(kind, row, g, &d);
+        for (int i = 0; i < 16; i++) {
+            out[i] = d * (float)(table[codes[i] & 15] - 128);
+            out[i + 16] = d * (float)(table[codes[i] >> 4] - 128);
+        }
     } else {
         uint8_t codes[16];
         float d, m;
@@ -140,6 +179,14 @@ static void write_w4(int kind, const uint8_t *row, int g, int lane, uint8_t *gro
     for (int j = 0; j < 4; j++) memcpy(group + 64 * j + 4 * lane, codes + 4 * j, 4);
     memcpy(group + 256 + 2 * lane, &d, 2);
     memcpy(group + 288 + 2 * lane, &m, 2);
+}
+
+static void write_coded(int kind, int format, const uint8_t *row, int g, int lane, uint8_t *group) {
+    float scale;
+    const uint8_t *codes = read_coded(kind, row, g, &scale);
+    uint16_t d = format == FP4 ? float_to_bf16(scale) : float_to_half(scale);
+    for (int j = 0; j < 4; j++) memcpy(group + 64 * j + 4 * lane, codes + 4 * j, 4);
+    memcpy(group + 256 + 2 * lane, &d, 2);
 }
 
 static void write_w8(int kind, const uint8_t *row, int g, int columns, int lane, uint8_t *group) {
@@ -179,10 +226,13 @@ void pack_blocks(const struct packing *p, int first_block, int end_block) {
                 continue;
             }
             for (int g = 0; g < groups; g++) {
+                uint8_t *group = to + (size_t)g * (size_t)group_bytes(p->format);
                 if (p->format == W4) {
-                    write_w4(p->kind, row, g, lane, to + (size_t)g * W4_GROUP_BYTES);
+                    write_w4(p->kind, row, g, lane, group);
+                } else if (p->format < W8) {
+                    write_coded(p->kind, p->format, row, g, lane, group);
                 } else if (p->format == W8) {
-                    write_w8(p->kind, row, g, p->columns, lane, to + (size_t)g * W8_GROUP_BYTES);
+                    write_w8(p->kind, row, g, p->columns, lane, group);
                 } else {
                     float values[GROUP];
                     int count = p->columns - g * GROUP < GROUP ? p->columns - g * GROUP : GROUP;
@@ -211,16 +261,24 @@ void unpack_row(const struct matrix *matrix, int row, float *out) {
         return;
     }
     for (int g = 0; g < matrix->columns / GROUP; g++, out += GROUP) {
+        const uint8_t *group = block + (size_t)g * (size_t)group_bytes(matrix->format);
         if (matrix->format == W4) {
-            const uint8_t *group = block + (size_t)g * W4_GROUP_BYTES;
             float d = half_to_float(load_u16(group + 256 + 2 * lane)), m = half_to_float(load_u16(group + 288 + 2 * lane));
             for (int i = 0; i < 16; i++) {
                 int code = group[64 * (i / 4) + 4 * lane + i % 4];
                 out[i] = d * (float)(code & 15) + m;
                 out[i + 16] = d * (float)(code >> 4) + m;
             }
+        } else if (matrix->format < W8) {
+            const uint8_t *table = code_table(matrix->format);
+            uint16_t scale = load_u16(group + 256 + 2 * lane);
+            float d = matrix->format == FP4 ? bf16_to_float(scale) : half_to_float(scale);
+            for (int i = 0; i < 16; i++) {
+                int code = group[64 * (i / 4) + 4 * lane + i % 4];
+                out[i] = d * (float)(table[code & 15] - 128);
+                out[i + 16] = d * (float)(table[code >> 4] - 128);
+            }
         } else {
-            const uint8_t *group = block + (size_t)g * W8_GROUP_BYTES;
             float d = half_to_float(load_u16(group + 512 + 2 * lane));
             for (int i = 0; i < GROUP; i++) out[i] = d * (float)(group[64 * (i / 4) + 4 * lane + i % 4] - 128);
         }

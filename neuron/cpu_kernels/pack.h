@@ -14,7 +14,10 @@ enum kind {
     KIND_Q8_0 = 8,
     KIND_Q4_K = 12,
     KIND_Q6_K = 14,
+    KIND_IQ4_NL = 20,
+    KIND_IQ4_XS = 23,
     KIND_BF16 = 30,
+    KIND_MXFP4 = 39,
 };
 
 struct packing {
@@ -26,7 +29,7 @@ struct packing {
     int format;
 };
 
-/* Whether `kind` can be packed as `format`: W4 takes only the 4-bit kinds, whose codes it keeps. */
+/* Whether `kind` can be packed as `format`: those of 4 bits take only kinds whose codes they keep. */
 int can_pack(int kind, int format);
 
 /* Bytes of `columns` elements of `kind`; 0 for an unsupported kind, or columns that are not whole blocks of it. */

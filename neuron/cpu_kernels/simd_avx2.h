@@ -127,15 +127,27 @@ INLINE void w4_group(const int num_rows, const uint8_t *w, const uint8_t *const 
     }
 }
 
+/* Columns 4j to 4j + 3 of eight rows of W8, or of a format with a table. */
+INLINE __m256i signed_codes(const int format, const uint8_t *w, int j, int half) {
+    const __m256i offset = _mm256_set1_epi8((char)0x80);
+    if (format == W8) return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(w + 64 * j + 32 * half)), offset);
+    __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)code_table(format)));
+    __m256i packed = _mm256_loadu_si256((const __m256i *)(w + 64 * (j % 4) + 32 * half));
+    __m256i nibbles = _mm256_and_si256(j < 4 ? packed : _mm256_srli_epi16(packed, 4), _mm256_set1_epi8(15));
+    return _mm256_shuffle_epi8(_mm256_xor_si256(table, offset), nibbles);
+}
+
 /* vpmaddubsw saturates with codes up to 255, so the weights' signs move to the activations: 2 * 128 * 127 fits. */
-INLINE void w8_group(const int num_rows, const uint8_t *w, const uint8_t *const *x, int group, vf *acc) {
-    const __m256i offset = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
-    vf d = vf_load_half(w + 512);
+INLINE void w8_group(const int format, const int num_rows, const uint8_t *w, const uint8_t *const *x, int group,
+                     vf *acc) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    vf d = format == FP4 ? vf_load_bf16((const uint16_t *)(const void *)(w + 256))
+                         : vf_load_half(w + (format == W8 ? 512 : 256));
     UNROLL for (int half = 0; half < 2; half++) {
         __m256i total[TILE_ROWS];
         UNROLL for (int b = 0; b < num_rows; b++) total[b] = _mm256_setzero_si256();
         UNROLL for (int j = 0; j < 8; j++) {
-            __m256i code = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(w + 64 * j + 32 * half)), offset);
+            __m256i code = signed_codes(format, w, j, half);
             __m256i magnitude = _mm256_abs_epi8(code);
             UNROLL for (int b = 0; b < num_rows; b++) {
                 const struct group8 *xg = (const struct group8 *)x[b] + group;

@@ -67,10 +67,23 @@ INLINE void w4_group(const int num_rows, const uint8_t *w, const uint8_t *const 
     }
 }
 
-INLINE void w8_group(const int num_rows, const uint8_t *w, const uint8_t *const *x, int group, vf *acc) {
+/* Of W8, and of formats with a table. */
+INLINE void w8_group(const int format, const int num_rows, const uint8_t *w, const uint8_t *const *x, int group,
+                     vf *acc) {
     __m512i codes[8];
-    UNROLL for (int j = 0; j < 8; j++) codes[j] = _mm512_loadu_si512(w + 64 * j);
-    vf d = vf_load_half(w + 512);
+    if (format == W8) {
+        UNROLL for (int j = 0; j < 8; j++) codes[j] = _mm512_loadu_si512(w + 64 * j);
+    } else {
+        const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)code_table(format)));
+        const __m512i mask = _mm512_set1_epi8(15);
+        UNROLL for (int j = 0; j < 4; j++) {
+            __m512i packed = _mm512_loadu_si512(w + 64 * j);
+            codes[j] = _mm512_shuffle_epi8(table, _mm512_and_si512(packed, mask));
+            codes[j + 4] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask));
+        }
+    }
+    vf d = format == FP4 ? vf_load_bf16((const uint16_t *)(const void *)(w + 256))
+                         : vf_load_half(w + (format == W8 ? 512 : 256));
     UNROLL for (int b = 0; b < num_rows; b++) {
         const struct group8 *xg = (const struct group8 *)x[b] + group;
         __m512i first = _mm512_set1_epi32(xg->minus128sum), second = _mm512_setzero_si512();

@@ -89,12 +89,26 @@ INLINE void w4_group(const int num_rows, const uint8_t *w, const uint8_t *const 
     }
 }
 
-INLINE void w8_group(const int num_rows, const uint8_t *w, const uint8_t *const *x, int group, vf *acc) {
-    vf d = vf_load_half(w + 512);
+/* Columns 4j to 4j + 3 of four rows of W8, or of a format with a table. */
+INLINE int8x16_t signed_codes(const int format, const uint8_t *w, int j, int part) {
+    uint8x16_t codes;
+    if (format == W8) {
+        codes = vld1q_u8(w + 64 * j + 16 * part);
+    } else {
+        uint8x16_t packed = vld1q_u8(w + 64 * (j % 4) + 16 * part);
+        uint8x16_t nibbles = j < 4 ? vandq_u8(packed, vdupq_n_u8(15)) : vshrq_n_u8(packed, 4);
+        codes = vqtbl1q_u8(vld1q_u8(code_table(format)), nibbles);
+    }
+    return vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(0x80)));
+}
+
+INLINE void w8_group(const int format, const int num_rows, const uint8_t *w, const uint8_t *const *x, int group,
+                     vf *acc) {
+    vf d = format == FP4 ? vf_load_bf16((const uint16_t *)(const void *)(w + 256))
+                         : vf_load_half(w + (format == W8 ? 512 : 256));
     UNROLL for (int part = 0; part < 4; part++) {
         int8x16_t codes[8];
-        UNROLL for (int j = 0; j < 8; j++)
-            codes[j] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + 64 * j + 16 * part), vdupq_n_u8(0x80)));
+        UNROLL for (int j = 0; j < 8; j++) codes[j] = signed_codes(format, w, j, part);
         UNROLL for (int b = 0; b < num_rows; b++) {
             const struct group8 *xg = (const struct group8 *)x[b] + group;
             int32x4_t first = vdupq_n_s32(0), second = first;

@@ -83,14 +83,22 @@ INLINE void w4_group(const int num_rows, const uint8_t *w, const uint8_t *const 
     }
 }
 
-INLINE void w8_group(const int num_rows, const uint8_t *w, const uint8_t *const *x, int group, vf *acc) {
-    vf d = vf_load_half(w + 512);
+/* Byte i of dword [j][r] of W8, or of a format with a table. */
+INLINE int byte_code(const int format, const uint8_t *w, int j, int r, int i) {
+    if (format == W8) return w[64 * j + 4 * r + i];
+    return code_table(format)[w[64 * (j % 4) + 4 * r + i] >> (j < 4 ? 0 : 4) & 15];
+}
+
+INLINE void w8_group(const int format, const int num_rows, const uint8_t *w, const uint8_t *const *x, int group,
+                     vf *acc) {
+    vf d = format == FP4 ? vf_load_bf16((const uint16_t *)(const void *)(w + 256))
+                         : vf_load_half(w + (format == W8 ? 512 : 256));
     for (int b = 0; b < num_rows; b++) {
         const struct group8 *xg = (const struct group8 *)x[b] + group;
         for (int r = 0; r < 16; r++) {
             int32_t dot = xg->minus128sum;
             for (int j = 0; j < 8; j++)
-                for (int i = 0; i < 4; i++) dot += w[64 * j + 4 * r + i] * xg->q[4 * j + i];
+                for (int i = 0; i < 4; i++) dot += byte_code(format, w, j, r, i) * xg->q[4 * j + i];
             acc[b].v[r] += (float)dot * (d.v[r] * xg->scale);
         }
     }

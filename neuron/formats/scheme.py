@@ -102,7 +102,11 @@ class Scheme(abc.ABC):
     @property
     def block_kind(self) -> str:
         """GGUF kind that holds the same numbers but for scales rounded to float16; "": none."""
-        kinds = {Quantization.INT4: ("Q4_0", "Q4_1"), Quantization.INT8: ("Q8_0", "")}
+        kinds = {
+            Quantization.INT4: ("Q4_0", "Q4_1"),
+            Quantization.INT8: ("Q8_0", ""),
+            Quantization.FP4: ("MXFP4" if self.group == BLOCK else "", ""),
+        }
         aligned = self.columns % BLOCK == 0 and (self.group % BLOCK == 0 or self.group >= self.columns)
         return kinds.get(self.quantization, ("", ""))[self.has_zeros] if aligned and not self.ordered else ""
 
@@ -169,6 +173,9 @@ class Scheme(abc.ABC):
         import torch
 
         matrix = self.read(take, rows, range(self.columns))
+        quants = matrix.quants.view(torch.uint8).reshape(len(rows), self.columns // BLOCK, -1)
+        if matrix.scales.dtype == torch.float8_e8m0fnu:
+            return torch.cat((matrix.scales.view(torch.uint8).unsqueeze(-1), quants), -1).view(len(rows), -1)
         scales, zeros = (
             None if each is None else each.float().repeat_interleave(self.columns // BLOCK // each.shape[1], 1)
             for each in (matrix.scales, matrix.zeros)
@@ -176,7 +183,6 @@ class Scheme(abc.ABC):
         assert scales is not None
         halves = [scales] if zeros is None else [scales, -zeros * scales]
         head = torch.stack([half.half() for half in halves], -1).view(torch.uint8)
-        quants = matrix.quants.view(torch.uint8).reshape(len(rows), self.columns // BLOCK, -1)
         return torch.cat((head, quants), -1).view(len(rows), -1)
 
     def _checked(self, take: "Take", rows: range, columns: range) -> Unpacked:

@@ -29,9 +29,11 @@ class Format(IntEnum):
     """Packed formats of ``formats.h``."""
 
     W4 = 0
-    W8 = 1
-    W16 = 2
-    W32 = 3
+    IQ4 = 1
+    FP4 = 2
+    W8 = 3
+    W16 = 4
+    W32 = 5
 
 
 FLOATS: Final = (TensorKind.F32, TensorKind.F16, TensorKind.BF16, TensorKind.F64)
@@ -116,11 +118,12 @@ def formats(matrix: Matrix, kinds: Mapping[str, StoredKind], dtype: str) -> tupl
         kind = block_kind(kinds.get(name, TensorKind.BF16))
         if kind in FLOATS:
             return Format.W16
-        return Format.W4 if native.can_pack(kind, Format.W4) else Format.W8
+        of_four_bits = (Format.W4, Format.IQ4, Format.FP4)
+        return next((format for format in of_four_bits if native.can_pack(kind, format)), Format.W8)
 
     found = tuple(format_of(tensor.name) for tensor in matrix.tensors)
     if matrix.gated:
-        return (max(found),) * len(found)
+        return found if len(set(found)) == 1 else (max(*found, Format.W8),) * len(found)
     return (Format.W16,) * len(found) if len({max(each, Format.W8) for each in found}) > 1 else found
 
 

@@ -19,7 +19,8 @@ def random_blocks(kind: Kind, num_blocks: int, seed: int = 0) -> np.ndarray:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = random.integers(0, 256, (num_blocks, block_bytes), dtype=np.uint8)
     for offset in HALVES.get(kind, ()):
-        halves = random.uniform(-1, 1, (num_blocks, 1)) / (1024 if block > 32 else 64)
+        halves = random.uniform(0.25, 1, (num_blocks, 1)) * random.choice([-1, 1], (num_blocks, 1))
+        halves /= 1024 if block > 32 else 64
         blocks[:, offset : offset + 2] = halves.astype(np.float16).view(np.uint8)
     if kind is Kind.MXFP4:
         blocks[:, 0] = random.choice([0, 1, 2, 60, 112, 118, 120, 123], num_blocks)

@@ -34,12 +34,13 @@ static void check_matmul(const struct kernels *level, const struct kernels *plai
     for (size_t i = 0; i < ROWS / BLOCK_ROWS * block_bytes(format, COLUMNS); i++) data[i] = (uint8_t)rand();
     for (int block = 0; block < ROWS / BLOCK_ROWS; block++)
         for (int g = 0; g < num_groups(format, COLUMNS); g++) {
-            static const int bytes[] = {W4_GROUP_BYTES, W8_GROUP_BYTES, W16_GROUP_BYTES, W32_GROUP_BYTES};
-            uint8_t *group = data + (size_t)block * block_bytes(format, COLUMNS) + (size_t)(g * bytes[format]);
+            uint8_t *group = data + (size_t)block * block_bytes(format, COLUMNS) + (size_t)(g * group_bytes(format));
             for (int i = 0; i < 32; i++) {
                 uint16_t half = float_to_half(uniform()), bf16 = float_to_bf16(uniform());
                 float whole = uniform();
                 if (format == W4) memcpy(group + 256 + 2 * i, &half, 2);
+                if (format == IQ4 && i < 16) memcpy(group + 256 + 2 * i, &half, 2);
+                if (format == FP4 && i < 16) memcpy(group + 256 + 2 * i, &bf16, 2);
                 if (format == W8 && i < 16) memcpy(group + 512 + 2 * i, &half, 2);
                 if (format == W16) memcpy(group + 2 * i, &bf16, 2);
                 if (format == W32 && i < 16) memcpy(group + 4 * i, &whole, 4);
@@ -63,7 +64,7 @@ static void check_matmul(const struct kernels *level, const struct kernels *plai
                                   .num_x = MOST_X, .epilogue = epilogues[e]};
             (i == 0 ? level : plain)->matmul(&task, 0, w.rows / BLOCK_ROWS);
         }
-        char what[40];
+        char what[64];
         snprintf(what, sizeof what, "matmul, format %d, epilogue %d", format, e);
         compare(level->name, what, y[0], y[1], MOST_X * ROWS);
         w.rows = ROWS;
@@ -79,6 +80,8 @@ static void check_attention(const struct kernels *level, const struct kernels *p
     float *qkv = zeros((size_t)(TOKENS * width) * 4), *angles[2] = {zeros(TOKENS * DIM * 2), zeros(TOKENS * DIM * 2)};
     float *out[2] = {zeros(HEADS * DIM * 4), zeros(HEADS * DIM * 4)}, *scratch = zeros(attention_scratch_floats(DIM) * 4);
     int32_t table[TOKENS / PAGE_TOKENS + 1];
+    float scales[TOKENS];
+    for (int i = 0; i < TOKENS; i++) scales[i] = 0.3f;
     for (int i = 0; i < TOKENS * width; i++) qkv[i] = uniform();
     for (int i = 0; i < TOKENS * DIM / 2; i++) {
         angles[0][i] = cosf((float)i);
@@ -93,7 +96,7 @@ static void check_attention(const struct kernels *level, const struct kernels *p
             .cosine = angles[0], .sine = angles[1], .keys = cache, .values = cache + KV_HEADS * head,
             .page_stride = 2 * KV_HEADS * head, .head_stride = head, .out = out[which] - (TOKENS - 1) * HEADS * DIM,
             .out_stride = HEADS * DIM, .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM,
-            .kv_form = form, .window_tokens = window, .eps = 1e-5f, .scale = 0.3f,
+            .kv_form = form, .window_tokens = window, .eps = 1e-5f, .scales = scales,
         };
         for (int row = 0; row < TOKENS; row++)
             for (int kv = 0; kv < KV_HEADS; kv++)
@@ -108,7 +111,7 @@ static void check_attention(const struct kernels *level, const struct kernels *p
         }
         free(cache);
     }
-    char what[40];
+    char what[64];
     snprintf(what, sizeof what, "attention, form %d, window %d", (int)form, window);
     compare(level->name, what, out[0], out[1], HEADS * DIM);
     free(qkv);

@@ -3,6 +3,7 @@
 import gguf
 import numpy as np
 import pytest
+from gguf_blocks import stored_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,28 +14,16 @@ from neuron.models.packed import Format, padded
 LEVELS = native.levels()
 POOL = native.Pool(2)
 EXACT = {TensorKind.Q4_0: Format.W4, TensorKind.Q4_1: Format.W4, TensorKind.Q5_0: Format.W8, TensorKind.Q8_0: Format.W8,
-         TensorKind.F32: Format.W32, TensorKind.BF16: Format.W16}  # fmt: skip
+         TensorKind.IQ4_NL: Format.IQ4, TensorKind.MXFP4: Format.FP4, TensorKind.F32: Format.W32,
+         TensorKind.BF16: Format.W16}  # fmt: skip
 
 
 def stored_of(kind: TensorKind, rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return random bytes of a kind (scales that are numbers), and their dequantised values by the gguf library."""
-    random = np.random.default_rng(seed)
+    """Return bytes of a kind, random where the gguf library does not write it, and their values by the library."""
+    values = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
     if kind is TensorKind.F32:
-        values = random.standard_normal((rows, columns)).astype(np.float32)
         return values.view(np.uint8).reshape(-1), values
-    if kind in (TensorKind.F16, TensorKind.BF16, TensorKind.Q4_0, TensorKind.Q4_1, TensorKind.Q5_0,
-                TensorKind.Q8_0):  # fmt: skip
-        values = random.standard_normal((rows, columns)).astype(np.float32)
-        packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType(kind))
-    else:  # the library does not write K kinds: any bytes are one, but for their float16 scales
-        size = {TensorKind.Q4_K: 144, TensorKind.Q6_K: 210}[kind]
-        packed = random.integers(0, 256, (rows, columns // 256, size), np.uint8)
-        scales = (random.random((rows, columns // 256, 2)) * 0.01).astype(np.float16).view(np.uint8)
-        if kind is TensorKind.Q4_K:
-            packed[..., :4] = scales
-        else:
-            packed[..., -2:] = scales[..., :2]
-        packed = packed.reshape(rows, -1)
+    packed = stored_as(values, gguf.GGMLQuantizationType(kind))
     read = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(kind))
     return np.ascontiguousarray(packed).view(np.uint8).reshape(-1), read.reshape(rows, columns)
 
@@ -67,7 +56,10 @@ def test_packing_keeps_every_value(kind: TensorKind, rows: int) -> None:
     ("kind", "format", "tolerance"),
     [
         (TensorKind.Q4_K, Format.W4, 2**-10),  # the scale's rounding to float16
+        (TensorKind.IQ4_XS, Format.IQ4, 2**-10),
         (TensorKind.Q6_K, Format.W8, 1 / 200),  # half a level of 254
+        (TensorKind.IQ4_XS, Format.W8, 1 / 200),
+        (TensorKind.MXFP4, Format.W8, 1 / 200),
         (TensorKind.F16, Format.W8, 1 / 200),
         (TensorKind.Q4_1, Format.W8, 1 / 200),
         (TensorKind.F16, Format.W16, 2**-8),
@@ -90,6 +82,7 @@ def test_lengths_are_checked() -> None:
         lambda: native.pack(POOL, stored, TensorKind.Q4_1, 16, 64, packed[:-1], Format.W4),
         lambda: native.pack(POOL, stored, TensorKind.Q4_1, 16, 64, packed, Format.W4, first_block=1),
         lambda: native.pack(POOL, stored, TensorKind.Q8_0, 16, 64, packed, Format.W4),
+        lambda: native.pack(POOL, stored, TensorKind.MXFP4, 16, 64, packed, Format.IQ4),
         lambda: native.pack(POOL, stored, TensorKind.Q2_K, 16, 64, packed, Format.W8),
         lambda: native.Matrix(packed[:-1], Format.W4, 16, 64),
         lambda: native.Matrix(packed, Format.W4, 16, 63),
@@ -146,24 +139,30 @@ def test_linear(level: str, kind: TensorKind, rows: int, groups: int, tokens: in
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("format", [Format.W4, Format.W8])
-def test_the_largest_codes_do_not_saturate(level: str, format: Format) -> None:
+@pytest.mark.parametrize(
+    ("kind", "block", "weight"),
+    [
+        (TensorKind.Q4_1, bytes(2) + b"\xff" * 16, 15),
+        (TensorKind.Q4_1, bytes(2) + b"\x00" * 16, 0),
+        (TensorKind.Q8_0, b"\x80" * 32, -128),
+        (TensorKind.Q8_0, b"\x7f" * 32, 127),
+        (TensorKind.IQ4_NL, b"\x00" * 16, -127),
+        (TensorKind.IQ4_NL, b"\xff" * 16, 113),
+    ],
+)
+def test_the_largest_codes_do_not_saturate(level: str, kind: TensorKind, block: bytes, weight: int) -> None:
     """Every weight and every activation at the end of its range: where 16-bit partial sums would overflow."""
-    columns = 64
-    kind = TensorKind.Q4_1 if format is Format.W4 else TensorKind.Q8_0
-    d = np.array([1.0], np.float16).view(np.uint8).tobytes()
-    for code in (b"\xff", b"\x00") if format is Format.W4 else (b"\x80", b"\x7f"):
-        block = d + bytes(2) + code * 16 if format is Format.W4 else d + code * 32
-        stored = np.frombuffer(block * (16 * columns // 32), np.uint8)
-        packed = np.zeros(native.packed_bytes(format, 16, columns), np.uint8)
-        native.pack(POOL, stored, kind, 16, columns, packed, format)
-        matrix = native.Matrix(packed, format, 16, columns)
-        weight = (code[0] & 15) if format is Format.W4 else np.frombuffer(code, np.int8)[0]
-        for sign in (1, -1):
-            x = np.full((9, columns), 127.0 * sign, np.float32)
-            y = np.zeros((9, 16), np.float32)
-            native.linear(level, matrix, x, y)
-            np.testing.assert_array_equal(y, 127.0 * sign * columns * float(weight))
+    columns, format = 64, EXACT[kind]
+    one = np.array([1.0], np.float16).view(np.uint8).tobytes()
+    stored = np.frombuffer((one + block) * (16 * columns // 32), np.uint8)
+    packed = np.zeros(native.packed_bytes(format, 16, columns), np.uint8)
+    native.pack(POOL, stored, kind, 16, columns, packed, format)
+    matrix = native.Matrix(packed, format, 16, columns)
+    for sign in (1, -1):
+        x = np.full((9, columns), 127.0 * sign, np.float32)
+        y = np.zeros((9, 16), np.float32)
+        native.linear(level, matrix, x, y)
+        np.testing.assert_array_equal(y, 127.0 * sign * columns * weight)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -206,7 +205,9 @@ def test_a_nan_stays_in_its_row(level: str, kind: TensorKind, bad: float) -> Non
     assert np.isfinite(y[[0, 1, 2, 3, 5, 6, 7, 8]]).all()
 
 
-@pytest.mark.parametrize("kind", [TensorKind.Q4_0, TensorKind.Q4_1, TensorKind.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [TensorKind.Q4_0, TensorKind.IQ4_NL, TensorKind.MXFP4, TensorKind.Q8_0], ids=lambda kind: kind.name
+)
 def test_levels_with_the_same_operations_give_the_same_bits(kind: TensorKind) -> None:
     """Integer products are exact, and all but the portable level multiply and add in one rounding."""
     fused = [level for level in LEVELS if level != "portable"]
