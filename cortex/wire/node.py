@@ -172,7 +172,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_sequences: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     kv_cache_bytes: Bytes = 0
     kv_dtype: Word = "auto"
-    """Format of the KV cache: ``auto``, the model's own dtype, or ``int8``, half the memory, on a CPU only."""
+    """Format of the KV cache: ``auto``, the model's own dtype; in half the memory ``int8``, or ``fp8`` on a GPU."""
     prefix_cache: bool = True
     """Whether the prefix cache is on."""
     draft: SourceText = ""

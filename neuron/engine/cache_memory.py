@@ -43,7 +43,7 @@ class LayerCaches:
         num_pages = [plan.pages[table] + 2 for table in self._tables]
         num_slots = 0 if plan.states is None else 1 + plan.states.num_slots
         self.layers, self._states = decoder.new_caches(
-            config, num_pages, num_slots, dtype, lambda shape, kind: zeros(shape, kind, device), shard
+            config, num_pages, num_slots, dtype, lambda shape, kind: zeros(shape, kind, device), shard, plan.kv_dtype
         )
 
     def of_layers(self, batches: Sequence[Batch]) -> list[Batch]:
@@ -69,7 +69,9 @@ class LayerCaches:
         for cache, kind, table in zip(self.layers, self._kinds, self._tables, strict=True):
             for tensor in cache or ():
                 if not isinstance(kind, SequenceState):
-                    tensor.index_fill_(0, chosen[table], 0)
+                    # Float8 cannot be filled; its zero is that of a byte.
+                    filled = tensor.view(torch.int8) if tensor.itemsize == 1 else tensor
+                    filled.index_fill_(0, chosen[table], 0)
         if self._states is not None:
             self._states.index_fill_(0, chosen[-1], 0)
 
@@ -100,4 +102,4 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8).view(dtype).view(shape)

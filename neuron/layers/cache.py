@@ -18,6 +18,8 @@ CHUNK_TOKENS: Final = 64
 cut at multiples of them."""
 STATE_ALIGNMENT: Final = 64
 """Alignment of each tensor of a state in bytes: a stride between slots is then a multiple of 16 elements."""
+ROUNDED: Final = ("int8", "fp8")
+"""Formats of one byte that keys and values can be rounded to, with a float32 scale for each token and head."""
 UNSETTLED_STEPS: Final = 2
 """Steps whose tokens may still be unsettled when pages behind the window are given back: one in flight, one begun."""
 
@@ -34,6 +36,10 @@ class PagedKV:
     def elements_per_token(self) -> int:
         """Number of elements of a token."""
         return 2 * self.num_kv_heads * self.head_dim
+
+    def rounded_bytes_per_token(self) -> int:
+        """Return the bytes of a token in one of the ROUNDED formats."""
+        return self.elements_per_token + 2 * self.num_kv_heads * 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

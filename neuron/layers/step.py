@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from neuron.formats.matrix import Matrix
-from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
+from neuron.triton_kernels.batch import AttentionParameters, Batch, PagedCache
 from neuron.triton_kernels.moe_matmul import Experts
 from neuron.triton_kernels.moe_routing import Picks
 from neuron.triton_kernels.norm import Norm
@@ -59,7 +59,7 @@ class Step:
         self,
         qkv: torch.Tensor,
         rotary: Rotary,
-        cache: KeyValueCache,
+        cache: PagedCache,
         *,
         scale: float,
         window: int,

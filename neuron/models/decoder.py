@@ -19,7 +19,8 @@ from neuron.models import quantization
 from neuron.models.model import ModelConfig
 from neuron.models.parameter_reader import ParameterReader, some_rows
 from neuron.models.sizing import PAGE_TOKENS
-from neuron.triton_kernels.batch import Batch, KeyValueCache
+from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.cache_codes import FORMATS, new_cache
 from neuron.triton_kernels.operations import Operations
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Caches(NamedTuple):
     """Memory of a model's caches, or of one rank's part."""
 
     layers: list[tuple[torch.Tensor, ...] | None]
-    """Tensors of each layer, pages first: a :class:`KeyValueCache`, or of a latent cache one tensor ``[P, page_size,
+    """Tensors of each layer, pages first: a ``PagedCache``, or of a latent cache one tensor ``[P, page_size,
     width]``; of a state those that it declares, ``[slots, ...]`` each."""
     states: torch.Tensor | None
     """``[slots, bytes]`` uint8: the states of all layers side by side, of which those of each layer are views."""
@@ -80,8 +81,12 @@ def new_caches(
     dtype: torch.dtype,
     make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
     shard: Shard = WHOLE,
+    kv_dtype: str = "auto",
 ) -> Caches:
-    """Return caches of each layer's ``num_pages``, and of ``num_slots`` states; ``make`` takes shape and dtype."""
+    """Return caches of each layer's ``num_pages``, and of ``num_slots`` states; ``make`` takes shape and dtype.
+
+    Keys and values are in ``dtype``, or in a format of :data:`~neuron.layers.cache.ROUNDED`.
+    """
     kinds = config.caches(shard)
     slot_bytes = sum(kind.num_bytes(dtype.itemsize) for kind in kinds if isinstance(kind, SequenceState))
     states = make((num_slots, slot_bytes), torch.uint8) if slot_bytes else None
@@ -100,7 +105,7 @@ def new_caches(
                 return None
             case PagedKV(num_kv_heads, head_dim):
                 shape = pages, PAGE_TOKENS, num_kv_heads, head_dim
-                return KeyValueCache(make(shape, dtype), make(shape, dtype))
+                return new_cache(shape, FORMATS.get(kv_dtype, dtype), make)
             case Latent(width):
                 return (make((pages, PAGE_TOKENS, width), dtype),)
             case SequenceState(tensors):

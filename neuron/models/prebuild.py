@@ -25,6 +25,7 @@ from neuron.layers.experts import Experts
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import decoder, quantization
 from neuron.models.config import read_config
+from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
 from neuron.models.model import ModelConfig, StoredKind
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
@@ -58,7 +59,9 @@ def variants(
         return ()
     few, weights = _distinct_layers(config, dtype, plan.quant, shard)
     num_pages = [plan.num_pages + 1] * len(few.layers)
-    caches = decoder.new_caches(few, num_pages, 2, dtype, lambda shape, kind: _meta(*shape, dtype=kind), shard).layers
+    caches = decoder.new_caches(
+        few, num_pages, 2, dtype, lambda shape, kind: _meta(*shape, dtype=kind), shard, plan.kv_dtype
+    ).layers
     in_group = in_group or shard.size > 1
     forward = decoder.Decoder(few, weights, KERNELS, (lambda x: x) if in_group else None)
     with recording(target_for(capability)) as recorder:
@@ -104,6 +107,10 @@ class Preparation:
     ) -> None:
         self._device = device
         self._compilation: Compilation | None = None
+        if plan.kv_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise UnsupportedQuantizationError(
+                f"{device} cannot convert float8; sm_89 and later can: take kv_dtype = 'int8'", param="kv_dtype"
+            )
         dtype = getattr(torch, plan.dtype)
         operations = dispatch.operations_for(device, dtype, triton=settings.triton_kernels)
         if device.type != "cuda" or not operations.by_kernels:

@@ -15,7 +15,9 @@ from typing import Final
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
 from neuron.layers.cache import (
+    ROUNDED,
     Cache,
+    PagedKV,
     SequenceState,
     StateSlots,
     WindowTable,
@@ -190,21 +192,31 @@ def _costs(
         kv_dtype = dtype if spec.kv_dtype == "auto" else spec.kv_dtype
         page_bytes = _page_bytes(config, lambda cache: packed.page_bytes(cache, kv_dtype))
         return _Costs(dtype, quant, True, kv_dtype, packed.weights_bytes(config, dtype), fixed_bytes, page_bytes, 0)
-    if spec.kv_dtype != "auto":
-        raise InvalidRequestError(
-            f"kv_dtype is {spec.kv_dtype!r}, which the CPU's kernels have; on {device} this model runs without them",
-            param="kv_dtype",
-        )
     fixed_bytes = workspace_bytes(config, dtype, step_tokens, sampled_rows, shard)
     if device.startswith("cpu") and quant != quantization.NONE:
         fixed_bytes += 8 * quantization.largest_matrix_elements(config)
     weights_bytes = quantization.weights_bytes(config, dtype, quant, shard)
-    token_bytes = DTYPE_BYTES[dtype]
-    page_bytes = _page_bytes(config, lambda cache: PAGE_TOKENS * token_bytes * cache.elements_per_token, shard)
+    element_bytes, kv_dtype = DTYPE_BYTES[dtype], dtype if spec.kv_dtype == "auto" else spec.kv_dtype
+
+    def page_bytes_of(cache: Cache) -> int:
+        if isinstance(cache, PagedKV) and kv_dtype in ROUNDED:
+            return PAGE_TOKENS * cache.rounded_bytes_per_token()
+        return PAGE_TOKENS * element_bytes * cache.elements_per_token
+
     caches = [cache for cache in config.caches(shard) if cache is not None]
-    gather_bytes = PAGE_TOKENS * token_bytes * max(cache.elements_per_token for cache in caches)
-    state_bytes = sum(cache.num_bytes(token_bytes) for cache in caches if isinstance(cache, SequenceState))
-    return _Costs(dtype, quant, False, dtype, weights_bytes, fixed_bytes, page_bytes, gather_bytes, state_bytes)
+    # What is rounded is gathered as codes, then made float32.
+    gathered_bytes = element_bytes + (1 + DTYPE_BYTES["float32"] if kv_dtype in ROUNDED else 0)
+    return _Costs(
+        dtype,
+        quant,
+        native=False,
+        kv_dtype=kv_dtype,
+        weights_bytes=weights_bytes,
+        fixed_bytes=fixed_bytes,
+        page_bytes=_page_bytes(config, page_bytes_of, shard),
+        gather_bytes=PAGE_TOKENS * gathered_bytes * max(cache.elements_per_token for cache in caches),
+        state_bytes=sum(cache.num_bytes(element_bytes) for cache in caches if isinstance(cache, SequenceState)),
+    )
 
 
 def _form_of(costs: _Costs) -> str:
@@ -298,8 +310,11 @@ def plan_memory(
     for name in ("context_tokens", "max_sequences", "kv_cache_bytes"):
         if getattr(spec, name) < 0:
             raise InvalidRequestError(f"{name} is {getattr(spec, name)}; it cannot be negative", param=name)
-    if spec.kv_dtype not in {"auto", packed.INT8}:
-        raise InvalidRequestError(f"kv_dtype is {spec.kv_dtype!r}; it must be auto or int8", param="kv_dtype")
+    if spec.kv_dtype not in {"auto", *ROUNDED}:
+        known = ", ".join(("auto", *ROUNDED))
+        raise InvalidRequestError(f"kv_dtype is {spec.kv_dtype!r}; it can be {known}", param="kv_dtype")
+    if spec.kv_dtype == "fp8" and device.startswith("cpu") and cpu_kernels:
+        raise InvalidRequestError("kv_dtype is 'fp8', which is for GPUs; a CPU has 'int8'", param="kv_dtype")
     longest = config.context_tokens if draft is None else min(config.context_tokens, draft.context_tokens)
     if spec.context_tokens > longest:
         made_for = "the model was made" if longest == config.context_tokens else "the draft model was made"

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from neuron.triton_kernels.batch import AttentionParameters, AttentionPart, Batch, KeyValueCache
+from neuron.triton_kernels.batch import AttentionParameters, AttentionPart, Batch, PagedCache
+from neuron.triton_kernels.cache_codes import read
 from neuron.triton_kernels.decode_attention import decode_attention, rope_decode_attention
 from neuron.triton_kernels.operation import Operation
 from neuron.triton_kernels.prefill_attention import attention_by_definition, prefill_attention
@@ -23,7 +24,7 @@ Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 
 @Operation
 def attention(
-    qkv: torch.Tensor, rotary: Rotary, cache: KeyValueCache, batch: Batch, parameters: AttentionParameters
+    qkv: torch.Tensor, rotary: Rotary, cache: PagedCache, batch: Batch, parameters: AttentionParameters
 ) -> torch.Tensor:
     """Norm and rotate the heads of ``qkv`` ``[T, (H + 2 K) D]``, write keys and values, and attend: ``[T, H D]``."""
     q = rope_and_cache.eager(qkv, rotary, cache, batch.slot_mapping, parameters)
@@ -32,7 +33,7 @@ def attention(
 
 @attention.launcher
 def _launch(
-    qkv: torch.Tensor, rotary: Rotary, cache: KeyValueCache, batch: Batch, parameters: AttentionParameters
+    qkv: torch.Tensor, rotary: Rotary, cache: PagedCache, batch: Batch, parameters: AttentionParameters
 ) -> torch.Tensor:
     decodes, sequences = batch.num_decodes, batch.context_lens.shape[0]
     if decodes == sequences:
@@ -45,9 +46,7 @@ def _launch(
     return out.view(len(q), -1)
 
 
-def paged_attention(
-    q: torch.Tensor, cache: KeyValueCache, batch: Batch, parameters: AttentionParameters
-) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, cache: PagedCache, batch: Batch, parameters: AttentionParameters) -> torch.Tensor:
     """Return causal attention ``[T, H D]`` of ``q`` ``[T, H, D]`` over each row's own sequence, by the batch's parts.
 
     Prefill and decode rows mix. Query head h reads key-value head ``h // (H / K)``. This step's keys and values must be
@@ -59,14 +58,13 @@ def paged_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend(
-    q: torch.Tensor, cache: KeyValueCache, part: AttentionPart, parameters: AttentionParameters
-) -> torch.Tensor:
+def _attend(q: torch.Tensor, cache: PagedCache, part: AttentionPart, parameters: AttentionParameters) -> torch.Tensor:
     num_kv_heads, head_dim = cache.keys.shape[2:]
     mask = part.window_mask if parameters.window and part.window_mask is not None else part.mask
     gathered = (part.num_sequences, -1, num_kv_heads, head_dim)
-    keys = cache.keys.index_select(0, part.pages).view(gathered)[:, : part.num_tokens].transpose(1, 2)
-    values = cache.values.index_select(0, part.pages).view(gathered)[:, : part.num_tokens].transpose(1, 2)
+    keys, values = (
+        pool.view(gathered)[:, : part.num_tokens].transpose(1, 2) for pool in read(cache, part.pages, q.dtype)
+    )
     if part.decodes:
         # The queries of a key-value head attend to the same tokens, so they are the rows of one small attention: no
         # head is repeated, and it is four times as fast as matmul, softmax, matmul.

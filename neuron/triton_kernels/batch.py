@@ -59,6 +59,27 @@ class KeyValueCache(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
 
+    @property
+    def key_scales(self) -> None:
+        """Return no scales."""
+
+    @property
+    def value_scales(self) -> None:
+        """Return no scales."""
+
+
+class RoundedKeyValueCache(NamedTuple):
+    """The same with codes of one byte, and float32 scales ``[P, K, page_size]``."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor
+    value_scales: torch.Tensor
+
+
+PagedCache = KeyValueCache | RoundedKeyValueCache
+"""Cache of a layer's keys and values."""
+
 
 class AttentionParameters(NamedTuple):
     """Parameters of a layer's attention."""

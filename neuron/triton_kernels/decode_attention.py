@@ -16,8 +16,9 @@ from typing import Final
 import torch
 
 from neuron.triton_kernels._triton import cuda, tl, triton
-from neuron.triton_kernels.attention_cases import HEADS, Heads, real_steps
-from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
+from neuron.triton_kernels.attention_cases import HEADS, ROUNDED_HEADS, Heads, real_steps
+from neuron.triton_kernels.batch import AttentionParameters, Batch, PagedCache
+from neuron.triton_kernels.cache_codes import codes_of, scale_of
 from neuron.triton_kernels.launch import Argument, Target, cdiv, launch, power_of_two, target_of
 from neuron.triton_kernels.operation import Make, Operation, Run
 from neuron.triton_kernels.prefill_attention import LOG2_E, attention_by_definition, capped
@@ -35,7 +36,7 @@ MERGE_ROWS = tl.constexpr(32)
 @Operation
 def decode_attention(
     q: torch.Tensor,
-    cache: KeyValueCache,
+    cache: PagedCache,
     batch: Batch,
     parameters: AttentionParameters,
     out: torch.Tensor,
@@ -51,7 +52,7 @@ def decode_attention(
 
 @Operation
 def rope_decode_attention(
-    qkv: torch.Tensor, rotary: Rotary, cache: KeyValueCache, batch: Batch, parameters: AttentionParameters
+    qkv: torch.Tensor, rotary: Rotary, cache: PagedCache, batch: Batch, parameters: AttentionParameters
 ) -> torch.Tensor:
     """Norm, rotate, write the new keys and values, and attend: ``[B, H D]`` of ``qkv`` ``[B, (H + 2 K) D]``."""
     q = rope_and_cache.eager(qkv, rotary, cache, batch.slot_mapping, parameters)
@@ -113,8 +114,8 @@ def _merged(parts, num_parts, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit(do_not_specialize=["eps", "table_stride", "window", "num_splits", "scale_log2", "soft_cap"])
 def _decode_attention_kernel(
-    q, qk_norm, cos, sin, slot_mapping, key_cache, value_cache, out, page_table, context_lens, partial, arrived,
-    q_stride, eps, table_stride, window, num_splits, scale_log2, soft_cap,
+    q, qk_norm, cos, sin, slot_mapping, key_cache, value_cache, key_scales, value_scales, out, page_table,
+    context_lens, partial, arrived, q_stride, eps, table_stride, window, num_splits, scale_log2, soft_cap,
     FUSED: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     MIN_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -164,7 +165,15 @@ def _decode_attention_kernel(
         inside = cached[:, None] & (d < D)[None, :]
         k = tl.load(key_cache + at, mask=inside, other=0.0)
         v = tl.load(value_cache + at, mask=inside, other=0.0)
+        if key_scales is not None:
+            scales_at = (page * K + kv_head) * PAGE + n % PAGE
+            key_scale = tl.load(key_scales + scales_at, mask=cached, other=0.0)
+            value_scale = tl.load(value_scales + scales_at, mask=cached, other=0.0)
+            k = k.to(tl.float32).to(query.dtype)
+            v = v.to(tl.float32).to(query.dtype)
         scores = tl.dot(query, tl.trans(k))
+        if key_scales is not None:
+            scores *= key_scale[None, :]
         if HAS_CAP:
             scores = capped(scores * scale_log2 / 1.4426950408889634, soft_cap) * 1.4426950408889634
         else:
@@ -180,6 +189,8 @@ def _decode_attention_kernel(
         weights = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(maximum - shift)
         total = total * fade + tl.sum(weights, 1)
+        if key_scales is not None:
+            weights *= value_scale[None, :]
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * fade[:, None])
         maximum = higher
 
@@ -189,9 +200,27 @@ def _decode_attention_kernel(
             key = _rotated(new, qk_norm, (H + kv_head) * D + d, d < D, cos + row * D, sin + row * (D // 2),
                            d, eps, D, 0).to(q.dtype.element_ty)  # fmt: skip
             value = tl.load(new + (H + K + kv_head) * D + d, mask=d < D, other=0.0)
-            at = tl.load(slot_mapping + sequence) * (K * D) + kv_head * D + d
-            tl.store(key_cache + at, key, mask=d < D)
-            tl.store(value_cache + at, value, mask=d < D)
+            slot = tl.load(slot_mapping + sequence)
+            at = slot * (K * D) + kv_head * D + d
+            if key_scales is None:
+                tl.store(key_cache + at, key, mask=d < D)
+                tl.store(value_cache + at, value, mask=d < D)
+            else:
+                code: tl.constexpr = key_cache.dtype.element_ty
+                key = key.to(tl.float32)
+                value = value.to(tl.float32)
+                key_scale = scale_of(tl.max(tl.abs(key), 0), tl.sum(key, 0), code)
+                value_scale = scale_of(tl.max(tl.abs(value), 0), tl.sum(value, 0), code)
+                key_code = codes_of(key / key_scale, code)
+                value_code = codes_of(value / value_scale, code)
+                tl.store(key_cache + at, key_code, mask=d < D)
+                tl.store(value_cache + at, value_code, mask=d < D)
+                scales_at = (slot // PAGE * K + kv_head) * PAGE + slot % PAGE
+                tl.store(key_scales + scales_at, key_scale)
+                tl.store(value_scales + scales_at, value_scale)
+                # Attended to as every later token will read it.
+                key = key_code.to(tl.float32) * key_scale
+                value = value_code.to(tl.float32) * value_scale
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1)
             if HAS_CAP:
                 score = capped(score * scale_log2 / 1.4426950408889634, soft_cap) * 1.4426950408889634
@@ -256,7 +285,7 @@ def decode_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int | No
 @decode_attention.launcher
 def _launch_decode(
     q: torch.Tensor,
-    cache: KeyValueCache,
+    cache: PagedCache,
     batch: Batch,
     parameters: AttentionParameters,
     out: torch.Tensor,
@@ -269,7 +298,7 @@ def _launch_decode(
 
 @rope_decode_attention.launcher
 def _launch_fused(
-    qkv: torch.Tensor, rotary: Rotary, cache: KeyValueCache, batch: Batch, parameters: AttentionParameters
+    qkv: torch.Tensor, rotary: Rotary, cache: PagedCache, batch: Batch, parameters: AttentionParameters
 ) -> torch.Tensor:
     num_kv_heads, head_dim = cache.keys.shape[2:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
@@ -281,7 +310,7 @@ def _launch_fused(
 
 def _launch(
     q: torch.Tensor,
-    cache: KeyValueCache,
+    cache: PagedCache,
     batch: Batch,
     parameters: AttentionParameters,
     out: torch.Tensor,
@@ -301,7 +330,8 @@ def _launch(
         (num_kv_heads, splits, num_sequences),
         batch,
         parameters,
-        q=q, key_cache=cache.keys, value_cache=cache.values, out=out,
+        q=q, key_cache=cache.keys, value_cache=cache.values, key_scales=cache.key_scales,
+        value_scales=cache.value_scales, out=out,
         partial=torch.empty(parts, dtype=torch.float32, device=q.device),
         arrived=counters(q.device, num_sequences * num_kv_heads), q_stride=q.stride(0),
         table_stride=batch.page_table.stride(0), num_splits=splits, scale_log2=parameters.scale * LOG2_E,
@@ -315,7 +345,7 @@ def _launch(
 CONTEXTS: Final = ([1], [300, 129, 128, 17, 1], [600])
 
 
-@decode_attention.cases(*HEADS)
+@decode_attention.cases(*HEADS, *ROUNDED_HEADS)
 def _decode_cases(check: Run, make: Make, heads: Heads) -> None:
     for contexts in CONTEXTS:
         step = heads.step(make, [(1, context) for context in contexts])
@@ -324,11 +354,17 @@ def _decode_cases(check: Run, make: Make, heads: Heads) -> None:
 
 
 @rope_decode_attention.cases(*HEADS)
+@rope_decode_attention.cases(*ROUNDED_HEADS, dtypes=(torch.float32,))
 def _fused_cases(check: Run, make: Make, heads: Heads) -> None:
+    """Check that the new tokens' slots are written and not read; in 16 bits, a code may be another by rounding."""
     for contexts in CONTEXTS:
         step = heads.step(make, [(1, context) for context in contexts])
-        for pool in step.cache:
-            pool.view(-1, *pool.shape[2:])[step.batch.slot_mapping] = torch.nan
+        cache, slots = step.cache, step.batch.slot_mapping
+        for pool, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
+            if scales is None:
+                pool.view(-1, *pool.shape[2:])[slots] = torch.nan
+            else:
+                scales[slots // pool.shape[1], :, slots % pool.shape[1]] = torch.nan
         check(step.qkv, step.rotary, step.cache, step.batch, step.parameters)
 
 

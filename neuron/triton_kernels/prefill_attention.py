@@ -17,8 +17,9 @@ from typing import Final
 import torch
 
 from neuron.triton_kernels._triton import tl, triton
-from neuron.triton_kernels.attention_cases import HEADS, Heads, real_steps
-from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
+from neuron.triton_kernels.attention_cases import HEADS, ROUNDED_HEADS, Heads, real_steps
+from neuron.triton_kernels.batch import AttentionParameters, Batch, PagedCache
+from neuron.triton_kernels.cache_codes import read
 from neuron.triton_kernels.launch import Target, cdiv, launch, power_of_two, target_of
 from neuron.triton_kernels.operation import Make, Operation, Run
 
@@ -26,7 +27,7 @@ LOG2_E: Final = 1.4426950408889634
 
 
 def attention_by_definition(
-    q: torch.Tensor, cache: KeyValueCache, batch: Batch, parameters: AttentionParameters
+    q: torch.Tensor, cache: PagedCache, batch: Batch, parameters: AttentionParameters
 ) -> torch.Tensor:
     """Return attention ``[T, H, D]`` in float32 and by the definition, one sequence after another."""
     num_heads = q.shape[1]
@@ -35,13 +36,9 @@ def attention_by_definition(
     outputs = []
     starts = batch.cu_seqlens.tolist()
     for index, context in enumerate(batch.context_lens.tolist()):
-        pages = batch.page_table[index].long()
         keys, values = (
-            pool[pages]
-            .reshape(-1, num_kv_heads, head_dim)[:context]
-            .float()
-            .repeat_interleave(num_heads // num_kv_heads, 1)
-            for pool in cache
+            pool.reshape(-1, num_kv_heads, head_dim)[:context].repeat_interleave(num_heads // num_kv_heads, 1)
+            for pool in read(cache, batch.page_table[index].long(), torch.float32)
         )
         queries = q[starts[index] : starts[index + 1]].float()
         scores = torch.einsum("thd,shd->hts", queries, keys) * scale
@@ -60,7 +57,7 @@ def attention_by_definition(
 @Operation
 def prefill_attention(
     q: torch.Tensor,
-    cache: KeyValueCache,
+    cache: PagedCache,
     batch: Batch,
     parameters: AttentionParameters,
     out: torch.Tensor,
@@ -101,8 +98,8 @@ def find_block(starts, first, last, block, BLOCK: tl.constexpr):
 
 @triton.jit
 def _blocks(
-    accumulator, total, maximum, q, keys, values, pages, begin, end, position, context, window, scale_log2,
-    soft_cap,
+    accumulator, total, maximum, q, keys, values, key_scales, value_scales, pages, begin, end, position, context,
+    window, scale_log2, soft_cap,
     MASKED: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +116,12 @@ def _blocks(
                 k = tl.load(keys + at)
         else:
             k = tl.load(keys + at, mask=cached[:, None] & (d < D)[None, :], other=0.0)
+        if key_scales is not None:
+            scales_at = page * (K * PAGE) + n % PAGE
+            k = k.to(tl.float32).to(q.dtype)
         scores = tl.dot(q, tl.trans(k))
+        if key_scales is not None:
+            scores *= tl.load(key_scales + scales_at, mask=cached, other=0.0)[None, :]
         if HAS_CAP:
             scores = capped(scores * scale_log2 / 1.4426950408889634, soft_cap) * 1.4426950408889634
         else:
@@ -146,6 +148,9 @@ def _blocks(
                 v = tl.load(values + at)
         else:
             v = tl.load(values + at, mask=cached[:, None] & (d < D)[None, :], other=0.0)
+        if value_scales is not None:
+            weights *= tl.load(value_scales + scales_at, mask=cached, other=0.0)[None, :]
+            v = v.to(tl.float32).to(q.dtype)
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator)
         maximum = higher
     return accumulator, total, maximum
@@ -153,8 +158,8 @@ def _blocks(
 
 @triton.jit(do_not_specialize=["table_stride", "first", "last", "window", "scale_log2", "soft_cap"])
 def _prefill_attention_kernel(
-    q, key_cache, value_cache, out, cu_seqlens, page_table, context_lens, table_stride, first, last, window,
-    scale_log2, soft_cap,
+    q, key_cache, value_cache, key_scales, value_scales, out, cu_seqlens, page_table, context_lens, table_stride,
+    first, last, window, scale_log2, soft_cap,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     STAGES: tl.constexpr,
@@ -193,40 +198,50 @@ def _prefill_attention_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     keys = key_cache + kv_head * D
     values = value_cache + kv_head * D
+    if key_scales is not None:
+        key_scales += kv_head * PAGE
+        value_scales += kv_head * PAGE
     pages = page_table + sequence.to(tl.int64) * table_stride
     if not HAS_WINDOW:
         accumulator, total, maximum = _blocks(
-            accumulator, total, maximum, query, keys, values, pages, begin, plain_end, position, context,
-            window, scale_log2, soft_cap, False, K, D, PAGE, BLOCK_N, BLOCK_D, HAS_WINDOW, HAS_CAP, STAGES,
+            accumulator, total, maximum, query, keys, values, key_scales, value_scales, pages, begin, plain_end,
+            position, context, window, scale_log2, soft_cap, False, K, D, PAGE, BLOCK_N, BLOCK_D, HAS_WINDOW,
+            HAS_CAP, STAGES,
         )  # fmt: skip
     accumulator, total, maximum = _blocks(
-        accumulator, total, maximum, query, keys, values, pages, plain_end, end, position, context,
-        window, scale_log2, soft_cap, True, K, D, PAGE, BLOCK_N, BLOCK_D, HAS_WINDOW, HAS_CAP, STAGES,
+        accumulator, total, maximum, query, keys, values, key_scales, value_scales, pages, plain_end, end,
+        position, context, window, scale_log2, soft_cap, True, K, D, PAGE, BLOCK_N, BLOCK_D, HAS_WINDOW, HAS_CAP,
+        STAGES,
     )  # fmt: skip
     tl.store(out + at, (accumulator / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-def prefill_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int]:
+def prefill_tiles(head_dim: int, target: Target, *, is_rounded: bool = False) -> tuple[int, int, int, int]:
     """Return BLOCK_M, BLOCK_N, warps and stages: the largest that spill nowhere (see ``bench/results/kernels.json``).
 
     On Hopper 64 rows a warp group is what HGMMA needs. Registers leave room for one program a processor there, so that
     nothing but its own pipeline hides the memory behind its products: with 5 stages two tiles of keys and values are in
-    flight, since page numbers take stages of their own; with 2 each is waited for as soon as it is requested.
+    flight, since page numbers take stages of their own; with 2 each is waited for as soon as it is requested. A cache
+    that ``is_rounded`` takes registers to widen its codes.
     """
     if target.capability in (90, 100):
+        if head_dim > 128 and is_rounded:
+            return (128, 16, 8, 5) if target.capability == 90 else (64, 32, 4, 2)
         if head_dim > 64:
-            return (128, 64, 8, 5) if head_dim <= 128 else (128, 32, 8, 5)
+            stages = 2 if is_rounded and target.capability == 100 else 5
+            return (128, 64, 8, stages) if head_dim <= 128 else (128, 32, 8, 5)
         # On sm_100 four warps spill 72 bytes, and five stages 8 by Triton 3.6.
         return (128, 64, 4, 5) if target.capability == 90 else (128, 64, 8, 2)
     if head_dim > 128:
         return (64, 32, 8, 1)
-    return (64, 32, 4, 2)
+    # Masks of a dimension that is no power of two and codes together spill 8 bytes with four warps.
+    return (64, 32, 8 if is_rounded and head_dim != power_of_two(head_dim) else 4, 2)
 
 
 @prefill_attention.launcher
 def _launch(
     q: torch.Tensor,
-    cache: KeyValueCache,
+    cache: PagedCache,
     batch: Batch,
     parameters: AttentionParameters,
     out: torch.Tensor,
@@ -236,21 +251,24 @@ def _launch(
     num_tokens, num_heads, head_dim = q.shape
     page_size, num_kv_heads = cache.keys.shape[1:3]
     num_sequences = batch.context_lens.shape[0]
-    block_m, block_n, num_warps, num_stages = prefill_tiles(head_dim, target_of(q.device))
+    block_m, block_n, num_warps, num_stages = prefill_tiles(
+        head_dim, target_of(q.device), is_rounded=cache.key_scales is not None
+    )
     tokens = block_m // (num_heads // num_kv_heads)
     launch(
         _prefill_attention_kernel,
         (num_kv_heads, cdiv(num_tokens - first_sequence, tokens) + num_sequences - first_sequence),
         batch,
-        q=q, key_cache=cache.keys, value_cache=cache.values, out=out, table_stride=batch.page_table.stride(0),
-        first=first_sequence, last=num_sequences, window=parameters.window, scale_log2=parameters.scale * LOG2_E,
+        q=q, key_cache=cache.keys, value_cache=cache.values, key_scales=cache.key_scales,
+        value_scales=cache.value_scales, out=out, table_stride=batch.page_table.stride(0), first=first_sequence,
+        last=num_sequences, window=parameters.window, scale_log2=parameters.scale * LOG2_E,
         soft_cap=parameters.soft_cap or math.inf, H=num_heads, K=num_kv_heads, D=head_dim, PAGE=page_size,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=power_of_two(head_dim), HAS_WINDOW=parameters.window > 0,
         HAS_CAP=parameters.soft_cap > 0, STAGES=num_stages, num_warps=num_warps,
     )  # fmt: skip
 
 
-@prefill_attention.cases(*HEADS)
+@prefill_attention.cases(*HEADS, *ROUNDED_HEADS)
 def _cases(check: Run, make: Make, heads: Heads) -> None:
     step = heads.step(make, [(1, 50), (1, 3), (5, 5), (70, 91), (1, 17), (33, 140)])
     for first in (2, 0):

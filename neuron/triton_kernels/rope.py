@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from neuron.triton_kernels._triton import tl, triton
-from neuron.triton_kernels.attention_cases import real_steps
-from neuron.triton_kernels.batch import AttentionParameters, KeyValueCache
+from neuron.triton_kernels.attention_cases import ROUNDED_HEADS, Heads, real_steps
+from neuron.triton_kernels.batch import AttentionParameters, KeyValueCache, PagedCache
+from neuron.triton_kernels.cache_codes import codes_of, scale_of, write
 from neuron.triton_kernels.launch import cdiv, launch, power_of_two
 from neuron.triton_kernels.operation import Make, Operation, Run
 from neuron.triton_kernels.random_batch import PAGE
@@ -22,7 +23,7 @@ from neuron.triton_kernels.rotary import Rotary, rotary_table, table_of
 def rope_and_cache(
     qkv: torch.Tensor,
     rotary: Rotary,
-    cache: KeyValueCache,
+    cache: PagedCache,
     slot_mapping: torch.Tensor,
     parameters: AttentionParameters,
 ) -> torch.Tensor:
@@ -41,15 +42,15 @@ def rope_and_cache(
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin, value=-1)
     out[..., half:].addcmul_(x[..., :half], sin)
-    cache.keys.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, out[:, rotated_heads - num_kv_heads :])
-    cache.values.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, heads[:, rotated_heads:])
+    write(cache, slot_mapping, out[:, rotated_heads - num_kv_heads :], heads[:, rotated_heads:])
     return out[:, : rotated_heads - num_kv_heads]
 
 
 @triton.jit(do_not_specialize=["eps"])
 def _rope_kernel(
-    qkv, qk_norm, cos, sin, slot_mapping, key_cache, value_cache, out, stride, eps,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    qkv, qk_norm, cos, sin, slot_mapping, key_cache, value_cache, key_scales, value_scales, out, stride, eps,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
@@ -63,8 +64,17 @@ def _rope_kernel(
     is_value = (head >= H + K)[:, None]
     # Values pass through as they are; their columns are those of the last K heads.
     value_at = value_cache + slot * (K * D) + offsets - (H + K) * D
-    tl.store(value_at, first.to(value_cache.dtype.element_ty), mask=inside & is_value)
-    tl.store(value_at + half, second.to(value_cache.dtype.element_ty), mask=inside & is_value)
+    code: tl.constexpr = key_cache.dtype.element_ty
+    scales_at = (slot // PAGE * K + head) * PAGE + slot % PAGE
+    if value_scales is None:
+        tl.store(value_at, first.to(code), mask=inside & is_value)
+        tl.store(value_at + half, second.to(code), mask=inside & is_value)
+    else:
+        largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
+        own = scale_of(largest, tl.sum(first, 1) + tl.sum(second, 1), code)
+        tl.store(value_at, codes_of(first / own[:, None], code), mask=inside & is_value)
+        tl.store(value_at + half, codes_of(second / own[:, None], code), mask=inside & is_value)
+        tl.store(value_scales + scales_at - (H + K) * PAGE, own, mask=(head >= H + K) & (head < H + 2 * K))
 
     rotated = inside & (head < H + K)[:, None]
     if qk_norm is not None:
@@ -82,15 +92,23 @@ def _rope_kernel(
     tl.store(query_at + half, high, mask=is_query)
     is_key = rotated & (head >= H)[:, None]
     key_at = key_cache + slot * (K * D) + offsets - H * D
-    tl.store(key_at, low, mask=is_key)
-    tl.store(key_at + half, high, mask=is_key)
+    if key_scales is None:
+        tl.store(key_at, low, mask=is_key)
+        tl.store(key_at + half, high, mask=is_key)
+    else:
+        wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide_low), 1), tl.max(tl.abs(wide_high), 1))
+        own = scale_of(largest, tl.sum(wide_low, 1) + tl.sum(wide_high, 1), code)
+        tl.store(key_at, codes_of(wide_low / own[:, None], code), mask=is_key)
+        tl.store(key_at + half, codes_of(wide_high / own[:, None], code), mask=is_key)
+        tl.store(key_scales + scales_at - H * PAGE, own, mask=(head >= H) & (head < H + K))
 
 
 @rope_and_cache.launcher
 def _launch(
     qkv: torch.Tensor,
     rotary: Rotary,
-    cache: KeyValueCache,
+    cache: PagedCache,
     slot_mapping: torch.Tensor,
     parameters: AttentionParameters,
 ) -> torch.Tensor:
@@ -105,7 +123,8 @@ def _launch(
         (num_tokens, cdiv(num_heads + 2 * num_kv_heads, block_heads)),
         parameters,
         qkv=qkv, cos=rotary[0], sin=rotary[1], slot_mapping=slot_mapping, key_cache=cache.keys,
-        value_cache=cache.values, out=out, stride=qkv.stride(0), H=num_heads, K=num_kv_heads, D=head_dim,
+        value_cache=cache.values, key_scales=cache.key_scales, value_scales=cache.value_scales, out=out,
+        stride=qkv.stride(0), H=num_heads, K=num_kv_heads, D=head_dim, PAGE=cache.keys.shape[1],
         BLOCK_H=block_heads, BLOCK_HALF=block_half, num_warps=2,
     )  # fmt: skip
     return out
@@ -121,6 +140,12 @@ def _cases(check: Run, make: Make) -> None:
         qk_norm = make(num_heads + num_kv_heads, head_dim) if normed else None
         qkv = make(3, (num_heads + 2 * num_kv_heads) * head_dim)
         check(qkv, rotary, cache, slot_mapping, AttentionParameters(0.0, qk_norm=qk_norm, eps=1e-6))
+
+
+@rope_and_cache.cases(*ROUNDED_HEADS, dtypes=(torch.float32,))
+def _rounded_cases(check: Run, make: Make, heads: Heads) -> None:
+    step = heads.step(make, [(3, 40), (1, 17)])
+    check(step.qkv, step.rotary, step.cache, step.batch.slot_mapping, step.parameters)
 
 
 @rope_and_cache.launches()
