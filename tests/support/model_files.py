@@ -68,6 +68,64 @@ EXPERTS: dict[str, Any] = {
     "norm_topk_prob": True,
     "rope_scaling": None,
 }
+GLM: dict[str, Any] = {
+    **CONFIG,
+    "model_type": "glm4_moe",
+    "architectures": ["Glm4MoeForCausalLM"],
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "num_nextn_predict_layers": 1,
+    "use_qk_norm": True,
+    "partial_rotary_factor": 0.5,
+    "rope_scaling": None,
+}
+PHI: dict[str, Any] = {
+    **CONFIG,
+    "model_type": "phi3",
+    "architectures": ["Phi3ForCausalLM"],
+    "sliding_window": 16,
+    "original_max_position_embeddings": 32,
+    "partial_rotary_factor": 1.0,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 3.0]},
+}
+MINISTRAL: dict[str, Any] = {
+    **CONFIG,
+    "model_type": "ministral3",
+    "rope_parameters": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1
+    },
+    "architectures": ["Ministral3ForCausalLM"],
+    "sliding_window": None,
+}  # fmt: skip
+WRAPPED: dict[str, Any] = {
+    "model_type": "mistral3",
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "text_config": MINISTRAL,
+}
+QWEN_MOE: dict[str, Any] = {
+    **EXPERTS,
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "shared_expert_intermediate_size": 8,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}
+SMOLLM: dict[str, Any] = {
+    **CONFIG,
+    "model_type": "smollm3",
+    "architectures": ["SmolLM3ForCausalLM"],
+    "no_rope_layers": [1],
+    "rope_scaling": None,
+}
+SOUND: tuple[dict[str, Any], ...] = (CONFIG, GEMMA, EXPERTS, GLM, PHI, MINISTRAL, WRAPPED, QWEN_MOE, SMOLLM)
+"""A configuration of each family that reads keys of its own."""
 GENERATION: dict[str, Any] = {
     "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1, "eos_token_id": 2
 }  # fmt: skip
@@ -115,6 +173,15 @@ HOSTILE: tuple[str, ...] = (
     '{"rope_type":"llama3"}',
     '{"rope_type":"linear","factor":1e-300}',
     '{"full_attention":3}',
+    '{"rope_type":"yarn","factor":1e308}',
+    '{"rope_type":"yarn","factor":2,"beta_fast":1e-300,"original_max_position_embeddings":1}',
+    '{"rope_type":"yarn","factor":null,"original_max_position_embeddings":1,"mscale":1e9,"mscale_all_dim":1e-9}',
+    '{"rope_type":"dynamic","factor":10000}',
+    '{"rope_type":"longrope","short_factor":[1,"a"],"long_factor":[]}',
+    '{"rope_type":"longrope","short_factor":[1,1],"long_factor":[1e-300,1e300]}',
+    '{"rope_theta":[],"partial_rotary_factor":1e-9}',
+    '{"model_type":"mistral"}',
+    "[0,1,2,true]",
 )
 """Values, as JSON, that any field of a configuration may have."""
 
@@ -240,7 +307,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 def folder_config(rng: random.Random) -> dict[str, bytes]:
     """Return the files of a folder of which some fields are hostile."""
-    base = rng.choice((CONFIG, GEMMA, EXPERTS, QUANTISED))
+    base = rng.choice((*SOUND, QUANTISED))
     config = with_field(base, rng.choice(list(base)), rng.choice(HOSTILE))
     generation = with_field(GENERATION, rng.choice(list(GENERATION)), rng.choice(HOSTILE))
     if rng.random() < 0.3:

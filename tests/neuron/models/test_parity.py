@@ -13,6 +13,8 @@ from gguf_reference import transformers_model
 
 from neuron.cpu_kernels import native
 from neuron.engine.speculation import Speculation
+from neuron.models import packed
+from neuron.models.config import read_config
 
 NUM_TOKENS = 64
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -169,6 +171,14 @@ def case(
     return path, prompts, [expected_of(model, prompt) for prompt in prompts]
 
 
+@pytest.fixture
+def once(case: Any, request: pytest.FixtureRequest) -> None:
+    """Skip native levels of a model that no kernels run: it is eager torch on each of them."""
+    if request.node.callspec.params["executor"] != "eager" and packed.obstacle(read_config(case[0])):
+        pytest.skip("eager torch, as another case")
+
+
+@pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("step_tokens", [7, 32, 512])
 def test_a_batch_of_mixed_lengths_equals_transformers(case: Any, harness: Any, step_tokens: int) -> None:
     path, prompts, expected = case
@@ -178,6 +188,7 @@ def test_a_batch_of_mixed_lengths_equals_transformers(case: Any, harness: Any, s
         assert_close(logits[number][: len(expected_logits)], expected_logits)
 
 
+@pytest.mark.usefixtures("once")
 def test_a_single_sequence_equals_transformers(case: Any, harness: Any) -> None:
     path, prompts, expected = case
     for prompt, (expected_tokens, expected_logits) in zip(prompts[3:5], expected[3:5], strict=True):
