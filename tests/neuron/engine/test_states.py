@@ -1,6 +1,7 @@
 """State slots and checkpoints: where prompts are cut, what resumes from where, and what makes room for what."""
 
 import dataclasses
+import json
 import pathlib
 
 import numpy as np
@@ -287,6 +288,28 @@ def test_a_small_cache_is_divided_among_running_states_checkpoints_and_pages(con
         plan_memory(config, fewest, "cpu:0", 1 << 33, cpu_kernels=False)
     with pytest.raises(DoesNotFitError, match=r"cache for 512 tokens and \d+ states"):
         plan_memory(config, ModelSpec("m", "x", dtype="float32"), "cpu:0", MIB, cpu_kernels=False)
+
+
+@pytest.mark.parametrize(
+    ("quant", "gib", "tokens", "slots"), [("int4", 24, 39_664, 17), ("fp8", 80, 322_944, 142)]
+)  # fmt: skip
+def test_a_large_hybrid_leaves_most_of_its_cache_to_pages_and_checkpoints(
+    tmp_path: pathlib.Path, quant: str, gib: int, tokens: int, slots: int
+) -> None:
+    """Qwen3.5-27B: 48 of 64 layers keep 3 MiB of a recurrence and 60 KiB of a convolution."""
+    shape = {
+        "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"], "vocab_size": 248320,
+        "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 64, "num_attention_heads": 24,
+        "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 48,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4, "max_position_embeddings": 262144, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    plan = plan_memory(read_config(tmp_path), ModelSpec("m", "x", quant=quant), "cuda:0", gib << 30)
+    assert plan.states == StateSlots(slots, 48 * (3 * MIB + 60 * 1024), 4096 // PAGE_TOKENS)
+    assert plan.num_pages * PAGE_TOKENS == tokens
+    assert plan.states.total_bytes < 0.55 * plan.kv_cache_bytes
+    assert plan.total_bytes <= gib << 30
 
 
 def test_a_draft_model_is_refused_beside_a_state(config: ModelConfig) -> None:
