@@ -306,8 +306,12 @@ def test_a_large_hybrid_leaves_most_of_its_cache_to_pages_and_checkpoints(
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(shape))
     plan = plan_memory(read_config(tmp_path), ModelSpec("m", "x", quant=quant), "cuda:0", gib << 30)
-    assert plan.states == StateSlots(slots, 48 * (3 * MIB + 60 * 1024), 4096 // PAGE_TOKENS)
-    assert plan.num_pages * PAGE_TOKENS == tokens
+    assert plan.states is not None
+    assert plan.states.slot_bytes == 48 * (3 * MIB + 60 * 1024)
+    assert plan.states.checkpoint_pages * PAGE_TOKENS == 4096
+    # What a step's work space takes may change.
+    assert plan.states.num_slots == pytest.approx(slots, rel=0.15)
+    assert plan.num_pages * PAGE_TOKENS == pytest.approx(tokens, rel=0.15)
     assert plan.states.total_bytes < 0.55 * plan.kv_cache_bytes
     assert plan.total_bytes <= gib << 30
 
