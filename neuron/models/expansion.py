@@ -15,7 +15,8 @@ from neuron.models.model import DTYPE_BYTES, ModelConfig, StoredKind
 WIDER: Final = 1.25
 """Least ratio of sizes that is reported: scales may be repeated, or padded to whole registers."""
 NATIVE: Final = {
-    packed.Format.W4: "int4", packed.Format.W8: "int8", packed.Format.W16: "bfloat16", packed.Format.W32: "float32"
+    packed.Format.W4: "int4", packed.Format.IQ4: "iq4", packed.Format.FP4: "fp4", packed.Format.W8: "int8",
+    packed.Format.W16: "bfloat16", packed.Format.W32: "float32",
 }  # fmt: skip
 
 

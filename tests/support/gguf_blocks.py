@@ -24,6 +24,10 @@ def random_blocks(kind: Kind, num_blocks: int, seed: int = 0) -> np.ndarray:
         blocks[:, offset : offset + 2] = halves.astype(np.float16).view(np.uint8)
     if kind is Kind.MXFP4:
         blocks[:, 0] = random.choice([0, 1, 2, 60, 112, 118, 120, 123], num_blocks)
+    if kind is Kind.IQ1_M:  # a float16 in the high nibbles of four words, the lowest first
+        half = int(np.float16(1 / 1024).view(np.uint16))
+        for word in range(4):
+            blocks[:, 49 + 2 * word] = blocks[:, 49 + 2 * word] & 15 | (half >> 4 * word & 15) << 4
     if kind is Kind.NVFP4:
         blocks[:, :4] = random.integers(0, 80, (num_blocks, 4))
     return blocks
