@@ -8,6 +8,10 @@ numbers, for the decoder's tensor and the C executor's table.
 
 import dataclasses
 import math
+from typing import Final
+
+MAX_CONTEXT_TOKENS: Final = (1 << 31) - 1
+"""Bound on a context, whose positions are int32."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ class Rope:
         """Longest context that the scaling is made for; 0: it does not tell."""
         match self.scaling:
             case YarnScaling(factor, original) | DynamicScaling(factor, original):
-                return int(factor * original)
+                return min(int(factor * original), MAX_CONTEXT_TOKENS)
             case _:
                 return 0
 

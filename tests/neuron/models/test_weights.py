@@ -20,8 +20,9 @@ from cortex.wire.errors import ApiError
 from neuron.layers.experts import Experts
 from neuron.layers.parameters import Matrix, Tensor
 from neuron.layers.rope import Rope
-from neuron.models.config import read_config
+from neuron.models.config import config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
+from neuron.models.gguf import read_header
 from neuron.models.model import ModelConfig
 from neuron.models.registry import FAMILIES
 from neuron.models.weights import open_weights
@@ -305,6 +306,10 @@ def test_llama3_scaling_in_gguf_is_that_of_the_configuration(
     assert max(factors) == 8
     assert min(factors) == 1
     assert read_all(path).keys() == read_all(folder).keys()
+    header = read_header(path)
+    path.unlink()
+    # As for a file on a server, of which only the header is read.
+    assert config_from_gguf(path, header).tensors() == found.tensors()
 
 
 # ------------------------------------------------------------------ refused files
