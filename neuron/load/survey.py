@@ -5,6 +5,7 @@ then, until a choice stands on its own figures.
 """
 
 import io
+import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -19,12 +20,20 @@ from neuron.load.download import RemoteFile, get, read_range
 from neuron.load.fit import Candidate, estimated, fit
 from neuron.load.hub import Hub, HubSource, Listing
 from neuron.models.config import config_from_gguf, read_config
-from neuron.models.errors import UnsupportedArchitectureError
-from neuron.models.files import MAX_INDEX_BYTES
+from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError
+from neuron.models.files import MAX_INDEX_BYTES, is_name
 from neuron.models.gguf import read_header_of
 from neuron.models.model import ModelConfig
+from neuron.models.safetensors import MAX_HEADER_BYTES
+from neuron.models.schemes import is_quantised
 
-_CONFIG_NAMES: Final = ("config.json", "generation_config.json", "modules.json", "model.safetensors.index.json")
+_CONFIG_NAMES: Final = (
+    "config.json",
+    "generation_config.json",
+    "modules.json",
+    "model.safetensors.index.json",
+    "hf_quant_config.json",
+)
 
 
 def survey(
@@ -89,7 +98,23 @@ def _folder_config(hub: Hub, listing: Listing, choice: Choice) -> ModelConfig:
                 path = pathlib.Path(folder, file.path)
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(get(hub.remote(listing, file), MAX_INDEX_BYTES)[0])
+        if is_quantised(pathlib.Path(folder)):
+            # The forms of the weights are in the files' headers: each file is one with a hole in place of the weights.
+            for file in choice.files:
+                if file.path.endswith(".safetensors") and is_name(file.path):
+                    _write_header(hub.remote(listing, file), file.size_bytes, pathlib.Path(folder, file.path))
         return read_config(pathlib.Path(folder))
+
+
+def _write_header(remote: RemoteFile, size_bytes: int, path: pathlib.Path) -> None:
+    head = _RemoteHead(remote, size_bytes)
+    length = head.read(8)
+    num_bytes = min(int.from_bytes(length, "little"), MAX_HEADER_BYTES)
+    path.write_bytes(length + head.read(num_bytes))
+    try:
+        os.truncate(path, size_bytes)
+    except (OSError, OverflowError) as error:
+        raise CorruptWeightsError(path.name, f"{size_bytes} bytes are no file's size here: {error}") from error
 
 
 class _RemoteHead(io.RawIOBase):

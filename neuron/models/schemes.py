@@ -54,6 +54,14 @@ def quantization_config(folder: pathlib.Path, values: Mapping[str, Any]) -> Mapp
     return found
 
 
+def is_quantised(folder: pathlib.Path) -> bool:
+    """Whether a folder's configuration is of a quantised model. Raises as :func:`quantization_config`."""
+    try:
+        return quantization_config(folder, read_json_object(folder / "config.json")) is not None
+    except FileNotFoundError:
+        return False
+
+
 def _settings(path: pathlib.Path, values: Mapping[str, Any]) -> Settings:
     """Return the settings of a checkpoint that its tensors do not show."""
     method, layout = values["quant_method"], values.get("checkpoint_format", values.get("version"))

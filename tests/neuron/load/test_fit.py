@@ -13,6 +13,7 @@ from file_server import FileServer, publish_repository, serve_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_texts import LocalTexts
+from model_files import QUANTISED, safetensors_file
 
 from cortex.wire.node import ModelSpec
 from neuron.device.jobs import Memory
@@ -180,6 +181,21 @@ def test_an_estimate_by_tag(tag: str, kind: str) -> None:
     assert (found is None) == (not kind)
     if found is not None and found.config is not None:
         assert {each.name for each in found.config.tensor_kinds.values()} == {kind, "F32"}
+
+
+def test_a_survey_of_quantised_safetensors_reads_their_headers(hub: tuple[Hub, FileServer]) -> None:
+    """The forms of the weights are there; the weights themselves are not read."""
+    here, site = hub
+    config = QUANTISED | {"quantization_config": {"quant_method": "fp8"}, "max_position_embeddings": 4096}
+    weights = safetensors_file("fp8")
+    files = {"config.json": json.dumps(config).encode(), "tokenizer.json": b"{}", "model.safetensors": weights}
+    publish_repository(site, files, "o/n")
+    found = survey(here, HubSource("o/n", None, None), {"cuda:0": GIB}, SPEC)
+    assert found.chosen is not None, found.passed_over
+    assert sum(int(asked.partition("-")[2]) for asked in site.ranges) < len(weights)
+    publish_repository(site, files | {"model.safetensors": weights[:-1]}, "o/n")
+    found = survey(here, HubSource("o/n", None, None), {"cuda:0": GIB}, SPEC)
+    assert "in bytes" in found.passed_over[0].reason
 
 
 def test_surveys_that_fail(hub: tuple[Hub, FileServer]) -> None:
