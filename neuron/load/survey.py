@@ -4,36 +4,24 @@ The header of one GGUF file, up to some megabytes, tells nearly what all choices
 then, until a choice stands on its own figures.
 """
 
-import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Final
+from collections.abc import Callable, Mapping
 
 from cortex.wire.errors import ApiError
 from cortex.wire.node import Fit, ModelSpec
-from neuron.errors import SourceUnavailableError
+from neuron.errors import DiskFullError, SourceUnavailableError
 from neuron.load.choices import SAFETENSORS, Choice, choose, find_choices
-from neuron.load.download import RemoteFile, get, read_range
+from neuron.load.download import RemoteFile, disk_errors, get, read_range
 from neuron.load.fit import Candidate, estimated, fit
 from neuron.load.hub import Hub, HubSource, Listing
-from neuron.models.config import config_from_gguf, read_config
+from neuron.models.config import read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError
-from neuron.models.files import MAX_INDEX_BYTES, is_name
+from neuron.models.files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
 from neuron.models.gguf import read_header_of
-from neuron.models.model import ModelConfig
-from neuron.models.safetensors import MAX_HEADER_BYTES
+from neuron.models.safetensors import INDEX, MAX_HEADER_BYTES
 from neuron.models.schemes import is_quantised
-
-_CONFIG_NAMES: Final = (
-    "config.json",
-    "generation_config.json",
-    "modules.json",
-    "model.safetensors.index.json",
-    "hf_quant_config.json",
-)
 
 
 def survey(
@@ -73,60 +61,70 @@ def _candidates(hub: Hub, listing: Listing, choices: tuple[Choice, ...]) -> dict
 
 def _read(hub: Hub, listing: Listing, choice: Choice) -> Candidate:
     """Return a choice with the configuration that its files have."""
-    try:
-        read = _folder_config if choice.tag == SAFETENSORS else _gguf_config
-        return Candidate(choice, read(hub, listing, choice))
-    except (SourceUnavailableError, UnsupportedArchitectureError):
-        raise
-    except ApiError as error:
-        return Candidate(choice, None, error.message)
+    with tempfile.TemporaryDirectory(prefix="neuron-survey-") as name, disk_errors(pathlib.Path(name)):
+        folder = pathlib.Path(name)
+        try:
+            if choice.tag == SAFETENSORS:
+                _write_settings(hub, listing, choice, folder)
+                return Candidate(choice, read_config(folder))
+            paths = [folder / pathlib.PurePosixPath(file.path).name for file in choice.files]
+            for file, path in zip(choice.files, paths, strict=True):
+                _write_head(hub.remote(listing, file), file.size_bytes, path, _read_gguf)
+            return Candidate(choice, read_config(paths[0]))
+        except (SourceUnavailableError, DiskFullError, UnsupportedArchitectureError):
+            raise
+        except ApiError as error:
+            return Candidate(choice, None, error.message.replace(f"{folder}/", ""))
 
 
-def _gguf_config(hub: Hub, listing: Listing, choice: Choice) -> ModelConfig:
-    headers = [
-        read_header_of(file.path, _RemoteHead(hub.remote(listing, file), file.size_bytes), file.size_bytes)
-        for file in choice.files
-    ]
-    tensors = tuple(tensor for header in headers for tensor in header.tensors)
-    return config_from_gguf(pathlib.Path(choice.files[0].path), replace(headers[0], tensors=tensors))
+def _write_settings(hub: Hub, listing: Listing, choice: Choice, folder: pathlib.Path) -> None:
+    """Write the settings of safetensors, and the heads of their files where the settings do not tell what they hold."""
+    weights = []
+    for file in choice.files:
+        path = folder / file.path
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".safetensors":
+            weights.append(file)
+        elif path.suffix == ".json" and (file.size_bytes <= MAX_CONFIG_BYTES or file.path == INDEX):
+            path.write_bytes(get(hub.remote(listing, file), MAX_INDEX_BYTES)[0])
+    if len(weights) == 1 or is_quantised(folder):
+        for file in weights:
+            _write_head(hub.remote(listing, file), file.size_bytes, folder / file.path, _read_safetensors)
 
 
-def _folder_config(hub: Hub, listing: Listing, choice: Choice) -> ModelConfig:
-    with tempfile.TemporaryDirectory(prefix="neuron-config-") as folder:
-        for file in choice.files:
-            if file.path in _CONFIG_NAMES or file.path.startswith("1_Pooling/"):
-                path = pathlib.Path(folder, file.path)
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(get(hub.remote(listing, file), MAX_INDEX_BYTES)[0])
-        if is_quantised(pathlib.Path(folder)):
-            # The forms of the weights are in the files' headers: each file is one with a hole in place of the weights.
-            for file in choice.files:
-                if file.path.endswith(".safetensors") and is_name(file.path):
-                    _write_header(hub.remote(listing, file), file.size_bytes, pathlib.Path(folder, file.path))
-        return read_config(pathlib.Path(folder))
-
-
-def _write_header(remote: RemoteFile, size_bytes: int, path: pathlib.Path) -> None:
+def _write_head(
+    remote: RemoteFile, size_bytes: int, path: pathlib.Path, read: Callable[["_RemoteHead", pathlib.Path], object]
+) -> None:
+    """Write a file's bytes as far as ``read`` reads them, and a hole of the rest."""
     head = _RemoteHead(remote, size_bytes)
-    length = head.read(8)
-    num_bytes = min(int.from_bytes(length, "little"), MAX_HEADER_BYTES)
-    path.write_bytes(length + head.read(num_bytes))
+    read(head, path)
+    path.write_bytes(head.data)
     try:
         os.truncate(path, size_bytes)
     except (OSError, OverflowError) as error:
-        raise CorruptWeightsError(path.name, f"{size_bytes} bytes are no file's size here: {error}") from error
+        raise CorruptWeightsError(path, f"{size_bytes} bytes are no file's size here: {error}") from error
 
 
-class _RemoteHead(io.RawIOBase):
+def _read_gguf(head: "_RemoteHead", path: pathlib.Path) -> None:
+    read_header_of(path, head, head.size_bytes)
+
+
+def _read_safetensors(head: "_RemoteHead", _: pathlib.Path) -> None:
+    """Read the header, whose length is before it; one that is none is left to its reader."""
+    head.read(min(MAX_HEADER_BYTES, int.from_bytes(head.read(8), "little")))
+
+
+class _RemoteHead:
     """The bytes of a file on a server from its start, read as they are needed."""
 
     def __init__(self, remote: RemoteFile, size_bytes: int) -> None:
-        self._remote, self._size_bytes, self._place = remote, size_bytes, 0
+        self._remote, self.size_bytes = remote, size_bytes
+        self.data = bytearray()
 
-    def read(self, size: int = -1, /) -> bytes:
+    def read(self, size: int, /) -> bytes:
         """Return the next ``size`` bytes, or what is left of the file."""
-        left = self._size_bytes - self._place
-        stop = self._place + (left if size < 0 else min(size, left))
-        data = read_range(self._remote, self._place, stop) if stop > self._place else b""
-        self._place += len(data)
+        start = len(self.data)
+        stop = min(start + size, self.size_bytes)
+        data = read_range(self._remote, start, stop) if stop > start else b""
+        self.data += data
         return data

@@ -8,6 +8,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+import gguf
 import pytest
 from file_server import FileServer, publish_repository, serve_files
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ from neuron.load.hub import Hub, HubSource
 from neuron.load.survey import survey
 from neuron.models.config import read_config
 from neuron.models.errors import UnsupportedArchitectureError
-from neuron.models.gguf import TensorKind
+from neuron.models.gguf import TensorKind, read_header
 from neuron.models.model import ModelConfig
 from neuron.models.sizing import least_bytes
 from neuron.torch_harness import TorchHarness
@@ -158,12 +159,7 @@ def test_a_survey_reads_headers_and_lets_the_chosen_one_stand_on_its_own(
     found = survey(here, HubSource("o/n", None, None), {"cuda:0": 100 * GIB}, SPEC)
     assert found.chosen is not None
     assert found.chosen.choice == "Q6_K"
-    assert (
-        found.chosen.required_bytes
-        == fit(
-            [Candidate(Choice("", (), "m"), read_config(smollm2_gguf))], {"cuda:0": 100 * GIB}, SPEC
-        ).chosen.required_bytes
-    )  # type: ignore[union-attr]
+    assert found.chosen.required_bytes == fit_alone(Candidate(Choice("", (), "m"), read_config(smollm2_gguf)))
     reasons = {passed.choice: passed.reason for passed in found.passed_over}
     assert reasons["Q4_K_M"].startswith("m-Q4_K_M.gguf: tensor")
     assert reasons["Q8_0"] == "holds no more than Q6_K"
@@ -196,6 +192,36 @@ def test_a_survey_of_quantised_safetensors_reads_their_headers(hub: tuple[Hub, F
     publish_repository(site, files | {"model.safetensors": weights[:-1]}, "o/n")
     found = survey(here, HubSource("o/n", None, None), {"cuda:0": GIB}, SPEC)
     assert "in bytes" in found.passed_over[0].reason
+
+
+def test_a_survey_of_a_split_file(
+    hub: tuple[Hub, FileServer], smollm2_gguf: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    here, site = hub
+    whole, header = gguf.GGUFReader(smollm2_gguf), read_header(smollm2_gguf)
+    writer = gguf.GGUFWriter(tmp_path / "m-Q4_1.gguf", "llama", split_max_tensors=100)
+    for key, value in header.metadata.items():
+        if key.startswith(("llama.", "tokenizer.ggml.eos", "tokenizer.ggml.bos")):
+            writer.add_key_value(key, value, whole.fields[key].types[0])
+    for tensor in whole.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("m-Q4_1-*.gguf"))
+    assert len(parts) > 2
+    publish_repository(site, {f"Q4_1/{part.name}": part.read_bytes() for part in parts}, "o/n")
+    found = survey(here, HubSource("o/n", None, "q4_1"), {"cuda:0": 100 * GIB}, SPEC)
+    assert found.chosen is not None, found.passed_over
+    assert found.chosen.size_bytes == sum(part.stat().st_size for part in parts)
+    assert found.chosen.required_bytes == fit_alone(Candidate(Choice("", (), "m"), read_config(parts[0])))
+
+
+def fit_alone(candidate: Candidate) -> int:
+    found = fit([candidate], {"cuda:0": 100 * GIB}, SPEC).chosen
+    assert found is not None
+    return found.required_bytes
 
 
 def test_surveys_that_fail(hub: tuple[Hub, FileServer]) -> None:
