@@ -42,6 +42,8 @@ TURN_ENDS: Final = frozenset(
 )
 """Tokens that end a message or a text in chat templates, from models' files and llama.cpp's list."""
 
+MISTRAL_END: Final = "</s>"
+"""Token that ends a text in Mistral's models."""
 MAX_NAMED: Final = 256
 """Most tokens in one field of a file."""
 _HARMONY: Final = frozenset({"<|return|>", "<|call|>"})
@@ -79,6 +81,11 @@ def folder_ends(folder: pathlib.Path, configs: Iterable[Mapping[str, Any]]) -> t
     named = [token for config in configs for token in token_ids(config.get("eos_token_id"), path)]
     tokenizer = _read(folder / "tokenizer.json", _TokenizerFile)
     added = {token.content: token.id for token in tokenizer.added_tokens}
+    if not (folder / "tokenizer.json").exists() and (folder / "tekken.json").exists():
+        # Mistral's own file, which has a name for the end of a text only in its later versions.
+        control = _read(folder / "tekken.json", _TekkenFile).special_tokens or [_Control(2, MISTRAL_END)]
+        added |= {token.token_str: token.rank for token in control}
+        named += [added[MISTRAL_END]] if MISTRAL_END in added else []
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         config = _read(folder / file, _TokenizerConfig)
         added |= {
@@ -121,6 +128,17 @@ class _TokenizerFile(msgspec.Struct):
     """Fields that are read of a tokenizer file."""
 
     added_tokens: list[_AddedToken] = []
+
+
+class _Control(msgspec.Struct):
+    rank: int
+    token_str: str
+
+
+class _TekkenFile(msgspec.Struct):
+    """Fields that are read of Mistral's own tokenizer file."""
+
+    special_tokens: list[_Control] | None = None
 
 
 class _TokenizerConfig(msgspec.Struct):

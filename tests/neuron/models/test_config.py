@@ -284,6 +284,13 @@ def test_an_end_of_message_is_found_by_its_text(tmp_path: pathlib.Path) -> None:
     assert read_config(tmp_path).eos_ids == (END_OF_TEXT, IM_END)
 
 
+@pytest.mark.parametrize(("named", "end"), [(None, 2), ([{"rank": 7, "token_str": "</s>", "is_control": True}], 7)])
+def test_the_end_of_a_text_of_a_file_of_mistrals(tmp_path: pathlib.Path, named: object, end: int) -> None:
+    write(tmp_path, eos_token_id=None)
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": {}, "vocab": [], "special_tokens": named}))
+    assert read_config(tmp_path).eos_ids == (end,)
+
+
 @pytest.mark.parametrize(
     ("tokens", "named", "ends"),
     [
