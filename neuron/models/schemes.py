@@ -5,6 +5,8 @@ groups, is read from the tensors: lists of modules have the prefixes and pattern
 """
 
 import collections
+import dataclasses
+import math
 import pathlib
 from collections.abc import Container, Mapping
 from typing import Any, Final, NamedTuple
@@ -17,7 +19,7 @@ from neuron.models.files import quoted, read_json_object
 from neuron.models.model import ModelConfig
 from neuron.models.safetensors import TensorEntry
 
-METHODS: Final = ("fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq", "modelopt")
+METHODS: Final = ("fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq", "modelopt", "mxfp4")
 """Values of ``quant_method`` whose tensors are known."""
 UNREAD: Final = (
     "input_scale",
@@ -29,6 +31,12 @@ UNREAD: Final = (
     "output_scale",
 )
 """Scales of activations and of caches, which stay in the model's dtype here."""
+STACK_ENDS: Final = {
+    "": "weight", "_scale_inv": "weight_scale_inv", "_blocks": "weight_packed", "_scales": "weight_scale"
+}  # fmt: skip
+"""Ends of the names of the tensors of a stack of experts' weights, and of the same tensors of one weight.
+
+MXFP4 of a stack, as gpt-oss has it, is ``_blocks`` ``[E, N, K / 32, 16]`` and ``_scales`` ``[E, N, K / 32]``."""
 FLOATS: Final = ("F64", "F32", "F16", "BF16")
 MAX_BLOCK: Final = 1 << 16
 
@@ -106,7 +114,7 @@ def places_of(config: ModelConfig, stored: Container[str] = ()) -> dict[str, Pla
     for parameter in (each for parameters in config.parameters() for each in parameters.values()):
         if not isinstance(parameter, Matrix):
             continue
-        fused = "" if parameter.fused is None or parameter.num_experts else parameter.fused.name.removesuffix(".weight")
+        fused = "" if parameter.fused is None else parameter.fused.name.removesuffix(".weight")
         total, first = sum(tensor.shape[0] for tensor in parameter.tensors), 0
         for tensor in parameter.tensors:
             rows, columns = tensor.shape
@@ -124,7 +132,7 @@ def read_schemes(
     ``values`` is :func:`quantization_config` of the file ``path``. Raises :class:`CorruptWeightsError` for tensors that
     contradict the declared shape or each other, and :class:`UnsupportedQuantizationError`.
     """
-    settings, modules = _settings(path, values), by_module(entries)
+    settings, modules = _settings(path, values), by_module(unstacked_weights(config, entries))
     found: dict[str, Scheme] = {}
     for name, place in places_of(config, modules).items():
         pieces = modules.get(place.module, {})
@@ -138,6 +146,25 @@ def read_schemes(
             held = ", ".join(f"{end} {piece.dtype} {list(piece.shape)}" for end, piece in sorted(pieces.items()))
             raise UnsupportedQuantizationError(f"{path}: {name} is stored as {held[:300]}, which is not supported")
         found[name] = scheme
+    return found
+
+
+def unstacked_weights(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return ``entries`` with each quantised stack of experts' weights as one weight, whose rows are those of all."""
+    found = dict(entries)
+    for parameter in (each for parameters in config.parameters() for each in parameters.values()):
+        if not isinstance(parameter, Matrix) or parameter.fused is None or not parameter.num_experts:
+            continue
+        stack, columns = parameter.fused.name, parameter.tensors[0].shape[1]
+        own = {end: found[stack + end] for end in STACK_ENDS if stack + end in found}
+        if len(own) < 2:
+            continue  # floats
+        for end, entry in own.items():
+            width = columns // 2 if end == "_blocks" else (entry.shape or (1,))[-1]
+            rows = math.prod(entry.shape) // width if width else 0
+            if rows * width == math.prod(entry.shape):
+                del found[stack + end]
+                found[f"{stack}.{STACK_ENDS[end]}"] = dataclasses.replace(entry, shape=(rows, width))
     return found
 
 

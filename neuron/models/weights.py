@@ -27,7 +27,7 @@ from neuron.models.gguf import TensorInfo, TensorKind, name_of
 from neuron.models.gguf_parts import read_parts
 from neuron.models.model import ModelConfig
 from neuron.models.safetensors import TensorEntry, read_tensors
-from neuron.models.schemes import by_module, places_of, whole_shapes
+from neuron.models.schemes import by_module, places_of, unstacked_weights, whole_shapes
 from neuron.models.stored import by_tensor, unstacked
 from neuron.models.transfer import ON_HOST, Transfer, from_file
 
@@ -193,10 +193,11 @@ class SafetensorsSource:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
-        self._stored = read_tensors(folder)
-        self.config = config_from_folder(folder, self._stored)
+        stored = read_tensors(folder)
+        self.config = config_from_folder(folder, stored)
         self._declared = self.config.tensors()
         self._schemes = {name: kind for name, kind in self.config.tensor_kinds.items() if isinstance(kind, Scheme)}
+        self._stored = unstacked_weights(self.config, stored) if self._schemes else stored
         places = places_of(self.config, by_module(self._stored)) if self._schemes else {}
         self._places = {name: place for name, place in places.items() if name in self._schemes}
         self._entries = by_tensor(self.config, self._stored, folder)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from quantised import Writer, awq, compressed, fp8, gptq, modelopt_nvfp4, quantised_copy, transformers_fp8
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from cortex.wire.node import ModelSpec
 from neuron.formats.matrix import QuantizedMatrix, StackedMatrix
@@ -285,6 +286,45 @@ def test_experts_and_fused_projections(
     source.close()
 
 
+@pytest.mark.parametrize("name", ["fp8-transformers", "ct-mxfp4"])
+def test_stacks_of_experts(name: str, make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """As transformers writes experts in float8, and gpt-oss ships its own: one tensor for all of a layer."""
+    shapes = {key: value for key, value in SHAPES.items() if key not in ("kind", "attention_bias")}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    floats = make_checkpoint("qwen3_moe", **shapes, **experts)
+    method = {"fp8-transformers": CASES[name].config, "ct-mxfp4": {"quant_method": "mxfp4"}}[name]
+    expected = quantised_copy(
+        floats, tmp_path / "packed", method, CASES[name].write(), plain=lambda tensor: "experts" not in tensor
+    )
+    packed = load_file(tmp_path / "packed" / "model.safetensors")
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        for stack, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            names = [[f"{prefix}{number}.{part}." for part in parts] for number in range(4)]
+            ends = [key.removeprefix(names[0][0]) for key in packed if key.startswith(names[0][0])]
+            for end in ends:
+                whole = torch.stack([torch.cat([packed.pop(part + end) for part in own]) for own in names])
+                if end == "weight_packed":
+                    whole = whole.view(*whole.shape[:2], -1, 16)
+                packed[prefix + stack + STACKED[end]] = whole
+    save_file(packed, tmp_path / "packed" / "model.safetensors")
+    if name == "ct-mxfp4":
+        own = [packed[f"model.layers.0.mlp.experts.gate_up_proj_{end}"] for end in ("blocks", "scales")]
+        told = convert_moe_packed_tensors(*own, dtype=torch.float32)
+        assert torch.equal(told[2, :, :64].T, expected["model.layers.0.mlp.experts.2.gate_proj.weight"])
+    shutil.copytree(floats, tmp_path / "plain")
+    save_file(expected, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
+    source = open_weights(tmp_path / "packed")
+    weights = loaded(source, quant=quantization.STORED)
+    assert isinstance(weights.layers[1]["gate_up"].weight, QuantizedMatrix)
+    assert_close(prefill(weights, source.config), logits_of(tmp_path / "plain"))
+    for key, tensor in read_all(tmp_path / "packed").items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-7)
+    assert allocated(weights) == quantization.weights_bytes(source.config, "float32", quantization.STORED)
+    source.close()
+
+
+STACKED = {"weight": "", "weight_scale_inv": "_scale_inv", "weight_packed": "_blocks", "weight_scale": "_scales"}
 GPTQ: Any = CASES["gptq-64"].config
 AWQ: Any = CASES["awq-64"].config
 Q = "model.layers.0.self_attn.q_proj."
