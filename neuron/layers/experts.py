@@ -146,7 +146,8 @@ class Experts:
         if shared is not None:
             down = weights["shared_down"].weight
             if "shared_gate" in weights:
-                share = operations.linear(x, weights["shared_gate"].weight).sigmoid()
+                # Of one column, for which no kernel of products is made.
+                share = (x.float() * weights["shared_gate"].weight).sum(1, keepdim=True).sigmoid().to(x.dtype)
                 added.addcmul_(operations.linear(shared, down), share)
             else:
                 operations.add_linear(shared, down, None, added)

@@ -2,13 +2,25 @@
 
 ``y_t = silu(sum_j w_j x_(t - W + 1 + j))`` with a width of W tokens. A sequence's last W - 1 inputs are kept, zeros
 before its first token. Sums and SiLU are in float32.
+
+A kernel computes blocks of tokens, which read old inputs that the next kernel replaces. Of decodes alone, this kernel
+does both.
 """
+
+from typing import Final
 
 import torch
 from torch.nn import functional
 
+from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.batch import Batch
-from neuron.triton_kernels.operation import Operation
+from neuron.triton_kernels.launch import cdiv, launch
+from neuron.triton_kernels.operation import Make, Operation, Run
+from neuron.triton_kernels.prefill_attention import find_block
+from neuron.triton_kernels.random_batch import steps_of_states, with_states
+
+BLOCK_TOKENS: Final = 16
+BLOCK_CHANNELS: Final = 128
 
 
 @Operation
@@ -37,3 +49,94 @@ def _convolved(seen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     total = sum(seen[..., j : j + count, :].float() * weight[:, j].float() for j in range(width))
     assert isinstance(total, torch.Tensor)
     return functional.silu(total).to(seen.dtype)
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def _convolution_kernel(
+    x, weight, inputs, out, cu_seqlens, state_slots, num_sequences, x_stride, slot_stride,
+    C: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    sequence, block = find_block(cu_seqlens, 0, num_sequences, tl.program_id(0), BLOCK_T)
+    first = tl.load(cu_seqlens + sequence).to(tl.int64)
+    count = tl.load(cu_seqlens + sequence + 1) - first
+    kept = inputs + tl.load(state_slots + sequence).to(tl.int64) * slot_stride
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (t < count)[:, None] & (c < C)[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for j in tl.static_range(W):
+        at = (t - (W - 1) + j)[:, None]
+        old = tl.load(kept + (at + (W - 1)) * C + c[None, :], mask=inside & (at < 0), other=0.0)
+        new = tl.load(x + (first + at) * x_stride + c[None, :], mask=inside & (at >= 0), other=0.0)
+        factor = tl.load(weight + c * W + j, mask=c < C, other=0.0).to(tl.float32)
+        total += tl.where(at < 0, old, new).to(tl.float32) * factor[None, :]
+    result = total / (1.0 + tl.exp(-total))
+    tl.store(out + (first + t)[:, None] * C + c[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _inputs_kernel(
+    x, weight, inputs, out, cu_seqlens, state_slots, x_stride, slot_stride,
+    C: tl.constexpr, W: tl.constexpr, DECODES: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    first = tl.load(cu_seqlens + sequence).to(tl.int64)
+    count = tl.load(cu_seqlens + sequence + 1) - first
+    kept = inputs + tl.load(state_slots + sequence).to(tl.int64) * slot_stride
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    if DECODES:
+        total = tl.load(x + first * x_stride + c, mask=inside, other=0.0).to(tl.float32)
+        total *= tl.load(weight + c * W + (W - 1), mask=inside, other=0.0).to(tl.float32)
+        for j in tl.static_range(W - 1):
+            factor = tl.load(weight + c * W + j, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(kept + j * C + c, mask=inside, other=0.0).to(tl.float32) * factor
+        result = total / (1.0 + tl.exp(-total))
+        tl.store(out + first * C + c, result.to(out.dtype.element_ty), mask=inside)
+    # In this order an old input is read before its place is written, by the same thread.
+    for j in tl.static_range(W - 1):
+        at = count - (W - 1) + j
+        old = tl.load(kept + (at + (W - 1)) * C + c, mask=inside & (at < 0), other=0.0)
+        new = tl.load(x + (first + at) * x_stride + c, mask=inside & (at >= 0), other=0.0)
+        tl.store(kept + j * C + c, tl.where(at < 0, old, new), mask=inside)
+
+
+@causal_convolution.launcher
+def _launch(x: torch.Tensor, weight: torch.Tensor, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    (num_channels, width), num_sequences = weight.shape, len(batch.context_lens)
+    out = torch.empty((len(x), num_channels), dtype=x.dtype, device=x.device)
+    blocks, decodes = cdiv(num_channels, BLOCK_CHANNELS), batch.num_decodes == num_sequences
+    if not decodes:
+        launch(
+            _convolution_kernel,
+            (len(x) // BLOCK_TOKENS + num_sequences, blocks),
+            batch,
+            x=x, weight=weight, inputs=inputs, out=out, num_sequences=num_sequences, x_stride=x.stride(0),
+            slot_stride=inputs.stride(0), C=num_channels, W=width, BLOCK_T=BLOCK_TOKENS, BLOCK_C=BLOCK_CHANNELS,
+        )  # fmt: skip
+    launch(
+        _inputs_kernel,
+        (num_sequences, blocks),
+        batch,
+        x=x, weight=weight, inputs=inputs, out=out, x_stride=x.stride(0), slot_stride=inputs.stride(0),
+        C=num_channels, W=width, DECODES=decodes, BLOCK_C=BLOCK_CHANNELS, num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+@causal_convolution.cases()
+def _cases(check: Run, make: Make) -> None:
+    for lengths in ([(1, 1), (1, 9)], [(1, 5), (2, 2), (17, 40)], [(33, 33)]):
+        for num_channels, width in ((48, 4), (150, 3)):
+            batch, num_slots = with_states(lengths, make)
+            inputs = make(num_slots, width + 1, num_channels)[:, : width - 1]
+            x = make(len(batch.positions), num_channels + 16)[:, :num_channels]
+            check(x, make(num_channels, width), inputs, batch)
+
+
+@causal_convolution.launches()
+def _launches(run: Run, make: Make) -> None:
+    for batch in steps_of_states(make):
+        for num_channels in (8192, 10240):
+            x = make(len(batch.positions), num_channels)
+            run(x, make(num_channels, 4), make(8, 3, num_channels), batch)

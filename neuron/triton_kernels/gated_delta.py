@@ -12,7 +12,8 @@ and A the part of ``b_i (k_i k_j) D_ij`` with j < i:
     O = e^G Q S + (Q K^T * D) V';  S <- e^(G_C) S + (e^(G_C - G) K)^T V'
 
 The triangular systems are solved by forward substitution: powers of A overflow where keys are alike. Differences of G
-are taken, and masked, before e^x, which overflows otherwise. All in float32.
+are taken, and masked, before e^x, which overflows otherwise. All in float32. The kernel goes token by token, a part of
+the state in the registers of each program.
 """
 
 from typing import Final, NamedTuple
@@ -20,8 +21,11 @@ from typing import Final, NamedTuple
 import torch
 from torch.nn import functional
 
+from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.batch import Batch
-from neuron.triton_kernels.operation import Operation
+from neuron.triton_kernels.launch import cdiv, launch, power_of_two
+from neuron.triton_kernels.operation import Make, Operation, Run
+from neuron.triton_kernels.random_batch import steps_of_states, with_states
 
 NORM_EPS: Final = 1e-6
 """Epsilon under the root of a key's or query's length."""
@@ -111,3 +115,104 @@ def _chunk(tokens: _Tokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     out = (q * sums.exp()) @ state + (q @ k.mT * decays) @ values
     last = sums[:, -1:]
     return out.transpose(0, 1), state * last.exp() + (k * (last - sums).exp()).mT @ values
+
+
+@triton.jit
+def _unit(x):
+    """Return a vector of length 1."""
+    return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
+
+
+@triton.jit
+def _recurrence_kernel(
+    qkv, gates, decay, bias, states, out, cu_seqlens, state_slots, stride, gate_stride, slot_stride, scale,
+    H: tl.constexpr, K: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TILED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    key_head = head % K if TILED else head // (H // K)
+    i, j = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    slot = tl.load(state_slots + sequence).to(tl.int64)
+    state_at = states + slot * slot_stride + head * (DK * DV) + i[:, None] * DV + j[None, :]
+    inside = (i < DK)[:, None] & (j < DV)[None, :]
+    state = tl.load(state_at, mask=inside, other=0.0)
+    rate, shift = tl.load(decay + head), tl.load(bias + head)
+    first = tl.load(cu_seqlens + sequence).to(tl.int64)
+    row, gate_row, out_at = qkv + first * stride, gates + first * gate_stride + head, out + first * (H * DV) + head * DV
+    for _ in range(tl.load(cu_seqlens + sequence + 1) - first):
+        q = tl.load(row + key_head * DK + i, mask=i < DK, other=0.0).to(tl.float32)
+        k = tl.load(row + (K + key_head) * DK + i, mask=i < DK, other=0.0).to(tl.float32)
+        v = tl.load(row + 2 * K * DK + head * DV + j, mask=j < DV, other=0.0).to(tl.float32)
+        beta, alpha = tl.load(gate_row).to(tl.float32), tl.load(gate_row + H).to(tl.float32) + shift
+        # log(1 + e^alpha), of any size.
+        softplus = tl.maximum(alpha, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(alpha)))
+        q, k = _unit(q) * scale, _unit(k)
+        state *= tl.exp(rate * softplus)
+        error = v - tl.sum(state * k[:, None], 0)
+        state += k[:, None] * (error / (1.0 + tl.exp(-beta)))[None, :]
+        value = tl.sum(state * q[:, None], 0)
+        tl.store(out_at + j, value.to(out.dtype.element_ty), mask=j < DV)
+        row, gate_row, out_at = row + stride, gate_row + gate_stride, out_at + H * DV
+    tl.store(state_at, state, mask=inside)
+
+
+@gated_delta.launcher
+def _launch(
+    qkv: torch.Tensor,
+    gates: torch.Tensor,
+    decay: torch.Tensor,
+    bias: torch.Tensor,
+    states: torch.Tensor,
+    batch: Batch,
+    *,
+    tiled: bool,
+    chunk_tokens: int,
+) -> torch.Tensor:
+    _, num_heads, key_dim, value_dim = states.shape
+    num_key_heads = (qkv.shape[1] - num_heads * value_dim) // (2 * key_dim)
+    out = torch.empty((len(qkv), num_heads * value_dim), dtype=qkv.dtype, device=qkv.device)
+    block_k = power_of_two(key_dim)
+    block_v = min(power_of_two(value_dim), max(4096 // block_k, 8))
+    launch(
+        _recurrence_kernel,
+        (len(batch.context_lens), num_heads, cdiv(value_dim, block_v)),
+        batch,
+        qkv=qkv, gates=gates, decay=decay, bias=bias, states=states, out=out, stride=qkv.stride(0),
+        gate_stride=gates.stride(0), slot_stride=states.stride(0), scale=key_dim**-0.5, H=num_heads, K=num_key_heads,
+        DK=key_dim, DV=value_dim, TILED=tiled, BLOCK_K=block_k, BLOCK_V=block_v,
+    )  # fmt: skip
+    return out
+
+
+@gated_delta.cases("grouped", "tiled")
+def _cases(check: Run, make: Make, order: str) -> None:
+    for lengths in ([(1, 9)], [(1, 5), (7, 20)]):
+        for num_heads, num_key_heads, key_dim, value_dim in ((6, 2, 16, 8), (2, 2, 24, 40)):
+            batch, num_slots = with_states(lengths, make)
+            num_tokens = len(batch.positions)
+            check(
+                make(num_tokens, 2 * num_key_heads * key_dim + num_heads * value_dim),
+                make(num_tokens, 2 * num_heads),
+                -make(num_heads, dtype=torch.float32).exp() / 8,
+                make(num_heads, dtype=torch.float32),
+                make(num_slots, num_heads, key_dim, value_dim, dtype=torch.float32),
+                batch,
+                tiled=order == "tiled",
+                chunk_tokens=4,
+            )
+
+
+@gated_delta.launches()
+def _launches(run: Run, make: Make) -> None:
+    for batch in steps_of_states(make):
+        for num_heads in (16, 48):
+            run(
+                make(len(batch.positions), 2 * 16 * 128 + num_heads * 128),
+                make(len(batch.positions), 2 * num_heads),
+                make(num_heads, dtype=torch.float32),
+                make(num_heads, dtype=torch.float32),
+                make(8, num_heads, 128, 128, dtype=torch.float32),
+                batch,
+                tiled=False,
+                chunk_tokens=64,
+            )

@@ -1,11 +1,14 @@
 """Random steps of sequences on scattered pages, for checks and benches; needs no Triton."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 import torch
 
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.operation import Make
 
 PAGE: Final = 16
 
@@ -30,3 +33,27 @@ def random_batch(lengths: list[tuple[int, int]], device: torch.device) -> tuple[
         context_lens=torch.tensor([context for _, context in lengths], dtype=torch.int32, device=device),
     )
     return batch, sum(num_pages) + 1
+
+
+def with_states(lengths: list[tuple[int, int]], make: Make) -> tuple[Batch, int]:
+    """Return a step as of :func:`random_batch`, decodes first, in scattered slots, and the number of its slots."""
+    batch, _ = random_batch(lengths, make.device)
+    num_slots = 2 * len(lengths) + 1
+    slots = np.random.default_rng(len(lengths)).permutation(np.arange(1, num_slots))[: len(lengths)]
+    num_decodes = sum(query == 1 for query, _ in lengths)
+    on_device = torch.from_numpy(slots.astype(np.int32)).to(make.device)
+    return dataclasses.replace(batch, num_decodes=num_decodes, state_slots=on_device), num_slots
+
+
+def steps_of_states(make: Make) -> Iterator[Batch]:
+    """Yield shapes of steps of decodes alone, and of a prompt beside them."""
+    for num_tokens, num_decodes, sequences in ((64, 64, 64), (512, 4, 5)):
+        yield Batch(
+            positions=make.integers(num_tokens),
+            slot_mapping=make.integers(num_tokens, dtype=torch.int64),
+            cu_seqlens=make.integers(sequences + 1),
+            page_table=make.integers(sequences, 128),
+            context_lens=make.integers(sequences),
+            num_decodes=num_decodes,
+            state_slots=make.integers(sequences),
+        )

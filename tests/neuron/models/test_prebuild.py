@@ -44,12 +44,21 @@ MODELS = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "model_type": "qwen3_moe",
         "num_hidden_layers": 1, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
     },
+    "qwen3_next": {
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "model_type": "qwen3_next",
+        "num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "quant", "capability", "most"),
-    [("llama", "none", 80, 30), ("llama", "int4", 90, 30), ("gemma3", "none", 90, 40), ("qwen3_moe", "int8", 90, 40)],
+    [
+        *(("llama", "none", 80, 30), ("llama", "int4", 90, 30), ("gemma3", "none", 90, 40)),
+        *(("qwen3_moe", "int8", 90, 40), ("qwen3_next", "none", 90, 60)),
+    ],
 )
 def test_no_number_of_rows_needs_a_variant_that_is_not_listed(
     name: str, quant: str, capability: int, most: int, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,11 @@ def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 # One case of each kernel; `make check-kernels` runs them all.
 @pytest.mark.parametrize(
-    "part", ["rms norm", "gated activation", "rope and", "H4 K4 D80", "skinny", "matmul of floats", "matmul Q4_1"]
+    "part",
+    [
+        *("rms norm", "gated norm", "gated activation", "rope and", "H4 K4 D80", "causal convolution", "gated delta"),
+        *("skinny", "matmul of floats", "matmul Q4_1"),
+    ],
 )
 def test_numbers(part: str) -> None:
     done = interpret("--only", part)
