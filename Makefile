@@ -239,7 +239,7 @@ kernels: $(VENV)/triton ## compiled kernels for the models in packaging/kernels 
 
 # --- benchmarks: on a quiet machine -----------------------------------------------------------------------------------
 
-SMALL_BENCHES := bytes/sse bytes/peek bytes/translate engine/device_loop engine/decode_tokens
+SMALL_BENCHES := bytes/sse bytes/peek bytes/translate engine/device_loop engine/decode_tokens engine/formats
 bench: $(if $(WHAT),bench-$(WHAT),$(VENV)/editable) ## small benchmarks; WHAT= cpu, engine, gateway, gateway-path, gateway-scale, gpu or regressions
 	$(if $(WHAT),,set -e; for script in $(SMALL_BENCHES); do PYTHONPATH=bench $(BENCH) bench/$$script.py --keep; done)
 

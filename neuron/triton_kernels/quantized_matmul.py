@@ -37,6 +37,8 @@ from neuron.triton_kernels.prefill_attention import find_block
 
 FP8_CAPABILITY: Final = 89
 """Least compute capability that converts float8."""
+GEMV_ELEMENTS: Final = 2048
+"""Most elements of a row in a tile of one row of activations, which is of 1024 bytes at most."""
 _ENCODINGS: Final = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
 
@@ -347,7 +349,7 @@ def launch_product(
             weight,
             form,
             x=x, bias=bias, residual=residual, out=out, N=width, K=depth, BLOCK_N=block_n,
-            BLOCKS=1024 // (form.UNIT * form.BITS // 8),
+            BLOCKS=min(8192 // form.BITS, GEMV_ELEMENTS) // form.UNIT,
         )  # fmt: skip
         return
     experts, shared, rows_per_tile = 0, 1, num_rows

@@ -1,5 +1,6 @@
 """Every kind of GGUF's blocks: kept packed, expanded, and in the C kernels' formats, one model."""
 
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from cortex.wire.node import ModelSpec
+from neuron.formats.matrix import StackedMatrix
 from neuron.formats.registry import STORED_FORMATS
 from neuron.models import quantization
 from neuron.models.config import read_config
@@ -17,7 +19,7 @@ from neuron.models.gguf import BLOCKS, UNREADABLE, TensorKind
 from neuron.models.sizing import plan_memory
 from neuron.models.weights import open_weights
 
-from .test_quantization import loaded
+from .test_quantization import allocated, loaded
 from .test_schemes import native_logits, prefill
 from .test_weights import export_gguf
 
@@ -42,6 +44,25 @@ def test_logits_are_those_of_the_dequantised_model(
     assert (native_logits(harness(), path, "float32") - expected).abs().max() < 1e-3 * expected.abs().max()
     found = native_logits(harness(), path, "bfloat16")
     assert torch.cosine_similarity(found, expected, 0) > 0.98
+
+
+def test_each_tensor_of_a_mixed_file_stays_in_its_own_form(
+    make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path, harness: Callable[..., Any]
+) -> None:
+    """As in files whose kinds follow the importance of a tensor: every projection of a layer in another."""
+    path, folder = tmp_path / "model.gguf", make_checkpoint("llama", **SIZES | {"num_hidden_layers": 4})
+    names = [tensor.gguf for tensor in read_config(folder).tensors().values() if len(tensor.shape) == 2]
+    kinds = dict(zip(names, itertools.cycle(gguf.GGMLQuantizationType(kind) for kind in KINDS), strict=False))
+    export_gguf(folder, path, gguf.GGMLQuantizationType.F16, kinds=kinds)
+    source = open_weights(path)
+    assert set(KINDS) <= set(source.config.tensor_kinds.values())
+    expected = prefill(loaded(source), source.config)[-1]
+    kept = loaded(source, quant=quantization.STORED)
+    assert isinstance(kept.layers[0]["qkv"].weight, StackedMatrix)
+    assert allocated(kept) == quantization.weights_bytes(source.config, "float32", quantization.STORED)
+    source.close()
+    assert (prefill(kept, source.config)[-1] - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert torch.cosine_similarity(native_logits(harness(), path, "bfloat16"), expected, 0) > 0.98
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -5,7 +5,7 @@ import json
 import pathlib
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import gguf
 import numpy as np
@@ -59,8 +59,12 @@ def export_gguf(
     extra: dict[str, np.ndarray] | None = None,
     *,
     tensors_of_part: int = 0,
+    kinds: Mapping[str, Kind] | None = None,
 ) -> None:
-    """Write a safetensors checkpoint as llama.cpp's converter does, Llama's query and key rows interleaved."""
+    """Write a safetensors checkpoint as llama.cpp's converter does, Llama's query and key rows interleaved.
+
+    ``kinds`` are those of tensors, by GGUF name, that are not of ``kind``; ``tensors_of_part`` splits the file.
+    """
     config = read_config(folder)
     name = FAMILIES[config.family].gguf_name or config.family
     attention, mlp = config.blocks[0][0], config.blocks[-1][-1]
@@ -125,8 +129,9 @@ def export_gguf(
             continue
         values = in_order(values, declared[tensor_name])
         values = values[0] if tensor_name.endswith("shared_expert_gate.weight") else values
-        packs = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
-        stored = kind if packs else Kind.F32
+        own = (kinds or {}).get(declared[tensor_name].gguf, kind)
+        packs = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[own][0] == 0
+        stored = own if packs else Kind.F32
         packed = stored_as(values, stored)
         writer.add_tensor(declared[tensor_name].gguf, packed, raw_dtype=stored)
     for stem, parts in experts.items():
