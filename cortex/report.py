@@ -60,7 +60,7 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
     for node in nodes:
         for model in node.get("models", ()) if node.get("up") else ():
             state = model.get("state", "")
-            progress = f" {progress_of(model)}" if state == "loading" and model.get("progress") else ""
+            progress = f" {model['progress']:.0%}" if state == "loading" and model.get("progress") else ""
             _add(
                 models,
                 model.get("id", "") + (" *" if model.get("pinned") else ""),

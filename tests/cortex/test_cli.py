@@ -217,6 +217,13 @@ def test_a_key_has_no_name_that_its_file_refuses(
     assert "begins with a letter" in captured.err or "is taken" in captured.err
 
 
+def test_a_load_that_downloads_shows_its_bytes() -> None:
+    model = {"id": "m", "state": "loading", "progress": 0.25}
+    assert report.progress_of(model) == "25%"
+    download = {"downloaded_bytes": 1_200_000_000, "download_bytes": 2_400_000_000}
+    assert report.progress_of(model | download) == "25% (downloaded 1.20 of 2.40 GB)"
+
+
 def test_reports_fit_a_terminal() -> None:
     gib = 1024**3
     device = {"id": "cuda:0", "name": "NVIDIA GeForce RTX 5090", "worker": "ready", "memory_free_bytes": 20 * gib}
