@@ -127,11 +127,16 @@ def expected_of(
 
 
 def run_engine(
-    harness: Any, path: pathlib.Path, prompts: list[list[int]], step_tokens: int, num_tokens: int = NUM_TOKENS
+    harness: Any,
+    path: pathlib.Path,
+    prompts: list[list[int]],
+    step_tokens: int,
+    num_tokens: int = NUM_TOKENS,
+    **spec: Any,
 ) -> tuple[dict[int, list[int]], dict[int, torch.Tensor]]:
     """Return the engine's greedy tokens and logits for ``prompts``, all at once, in chunks of ``step_tokens``."""
     driver = harness()
-    driver.load(path)
+    driver.load(path, **spec)
     model = driver.engine._models["m"]
     limits = dataclasses.replace(model.scheduler.limits, step_tokens=step_tokens, mixed_step_tokens=step_tokens)
     model.scheduler.limits = limits
@@ -195,6 +200,22 @@ def test_a_single_sequence_equals_transformers(case: Any, harness: Any) -> None:
         tokens, logits = run_engine(harness, path, [prompt], 16)
         assert tokens[0] == expected_tokens
         assert_close(logits[0], expected_logits)
+
+
+@pytest.mark.parametrize("context_tokens", [64, 512])
+def test_longrope_has_the_factors_of_the_context_that_is_loaded(
+    make_checkpoint: Callable[..., pathlib.Path], harness: Any, context_tokens: int
+) -> None:
+    rope = {**ARCHITECTURES["phi3"]["rope_parameters"], "original_max_position_embeddings": 64}
+    rope["short_factor"] = [1.0, 1.0, 1.25, 1.5, 1.5, 2.0]
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    path = make_checkpoint("phi3", **sizes, original_max_position_embeddings=64, rope_parameters=rope)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompt = list(range(3, 43 if context_tokens == 64 else 103))
+    tokens, logits = expected_of(model, prompt, 16)
+    found_tokens, found = run_engine(harness, path, [prompt], 32, 16, context_tokens=context_tokens)
+    assert found_tokens[0] == tokens
+    assert_close(found[0], logits)
 
 
 # A question and the beginning of a sentence, in each model's own tokens.

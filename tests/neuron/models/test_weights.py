@@ -6,6 +6,7 @@ import pathlib
 import re
 import struct
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import gguf
 import numpy as np
@@ -245,6 +246,19 @@ def test_gguf_and_safetensors_hold_equal_tensors(checkpoint: pathlib.Path, tmp_p
         assert torch.equal(expected[name], own.view_as(stored[name]) + declared[name].less_one)
         error = (tensor - expected[name]).abs().max() / expected[name].abs().max()
         assert error <= TOLERANCE.get(kind, 0.15), name
+
+
+def test_a_model_generates_the_same_from_either_format(
+    checkpoint: pathlib.Path, tmp_path: pathlib.Path, harness: Callable[..., Any]
+) -> None:
+    """Its order of rows, rotary embedding and routers are those of transformers (test_parity)."""
+    export_gguf(checkpoint, tmp_path / "model.gguf", Kind.F32)
+    found = []
+    for path in (checkpoint, tmp_path / "model.gguf"):
+        driver = harness()
+        driver.load(path)
+        found.append(driver.output_alone(list(range(3, 80)), 24))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K], ids=lambda kind: kind.name)
