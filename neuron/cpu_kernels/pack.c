@@ -8,7 +8,7 @@
  *     IQ4_NL  d t[q]           -> IQ4                 exact
  *     IQ4_XS  d sc t[q]        -> IQ4 a sub-block     d sc rounded to float16
  *     MXFP4  2^e t[q]          -> FP4                 exact
- *     Q6_K and anything else   -> W8                  rounded to 255 levels of each 32 columns' largest
+ *     Q5_1, K, anything else   -> W8                  rounded to 255 levels of each 32 columns' largest
  *     float                    -> W16, W32 (or W8)
  *
  * Block layouts of the K kinds: ggml's k-quants, as documented with GGUF. Reference: gguf.quants.dequantize.
@@ -27,8 +27,12 @@ static size_t block_size(int kind, int *elements) {
     case KIND_Q4_0: *elements = GROUP; return 18;
     case KIND_Q4_1: *elements = GROUP; return 20;
     case KIND_Q5_0: *elements = GROUP; return 22;
+    case KIND_Q5_1: *elements = GROUP; return 24;
     case KIND_Q8_0: *elements = GROUP; return 34;
+    case KIND_Q2_K: *elements = SUPER; return 84;
+    case KIND_Q3_K: *elements = SUPER; return 110;
     case KIND_Q4_K: *elements = SUPER; return 144;
+    case KIND_Q5_K: *elements = SUPER; return 176;
     case KIND_Q6_K: *elements = SUPER; return 210;
     case KIND_IQ4_NL: *elements = GROUP; return 18;
     case KIND_IQ4_XS: *elements = SUPER; return 136;
@@ -127,6 +131,46 @@ static uint16_t read_codes(int kind, const uint8_t *row, int g, int8_t codes[GRO
     return load_u16(block);
 }
 
+/* Group g of a row of a K kind without a form of its own, as float32. */
+static void read_k(int kind, const uint8_t *row, int g, float out[GROUP]) {
+    int j = g % 8, shift = 2 * (j % 4); /* of the low twos, which lie in planes over half a block */
+    if (kind == KIND_Q2_K) {
+        const uint8_t *block = row + 84 * (size_t)(g / 8), *twos = block + 16 + 32 * (j / 4);
+        float d = half_to_float(load_u16(block + 80)), dmin = half_to_float(load_u16(block + 82));
+        for (int i = 0; i < GROUP; i++) {
+            int scale = block[2 * j + i / 16];
+            out[i] = d * (float)(scale & 15) * (float)(twos[i] >> shift & 3) - dmin * (float)(scale >> 4);
+        }
+    } else if (kind == KIND_Q3_K) {
+        const uint8_t *block = row + 110 * (size_t)(g / 8), *twos = block + 32 + 32 * (j / 4), *scales = block + 96;
+        float d = half_to_float(load_u16(block + 108));
+        for (int i = 0; i < GROUP; i++) {
+            int s = 2 * j + i / 16;
+            int scale = (scales[s % 8] >> s / 8 * 4 & 15) | (scales[8 + s % 4] >> 2 * (s / 4) & 3) << 4;
+            int code = (twos[i] >> shift & 3) | (block[i] >> j & 1) << 2;
+            out[i] = d * (float)(scale - 32) * (float)(code - 4);
+        }
+    } else if (kind == KIND_Q5_K) {
+        const uint8_t *block = row + 176 * (size_t)(g / 8), *fours = block + 48 + 32 * (j / 2);
+        int scale, offset;
+        sub_scales(block + 4, j, &scale, &offset);
+        float d = half_to_float(load_u16(block)) * (float)scale;
+        float m = half_to_float(load_u16(block + 2)) * (float)offset;
+        for (int i = 0; i < GROUP; i++)
+            out[i] = d * (float)((fours[i] >> j % 2 * 4 & 15) | (block[16 + i] >> j & 1) << 4) - m;
+    } else {
+        const uint8_t *block = row + 210 * (size_t)(g / 8);
+        int half = j / 4, quarter = j % 4;
+        const uint8_t *low = block + 64 * half + 32 * (quarter % 2), *high = block + 128 + 32 * half;
+        const uint8_t *scales = block + 192 + 8 * half + 2 * quarter;
+        float d = half_to_float(load_u16(block + 208));
+        for (int i = 0; i < GROUP; i++) {
+            int code = (low[i] >> (quarter / 2 * 4) & 15) | (high[i] >> shift & 3) << 4;
+            out[i] = d * (float)(int8_t)scales[i / 16] * (float)(code - 32);
+        }
+    }
+}
+
 /* Group g of a row as float32; beyond the row's end zeros. */
 static void read_floats(int kind, const uint8_t *row, int g, int columns, float out[GROUP]) {
     int count = columns - g * GROUP < GROUP ? columns - g * GROUP : GROUP;
@@ -141,15 +185,15 @@ static void read_floats(int kind, const uint8_t *row, int g, int columns, float 
         int8_t codes[GROUP];
         float d = half_to_float(read_codes(kind, row, g, codes));
         for (int i = 0; i < GROUP; i++) out[i] = d * (float)codes[i];
-    } else if (kind == KIND_Q6_K) {
-        const uint8_t *block = row + 210 * (size_t)(g / 8);
-        int half = g % 8 / 4, quarter = g % 4;
-        const uint8_t *low = block + 64 * half + 32 * (quarter % 2), *high = block + 128 + 32 * half;
-        const uint8_t *scales = block + 192 + 8 * half + 2 * quarter;
-        float d = half_to_float(load_u16(block + 208));
+    } else if (kind == KIND_Q2_K || kind == KIND_Q3_K || kind == KIND_Q5_K || kind == KIND_Q6_K) {
+        read_k(kind, row, g, out);
+    } else if (kind == KIND_Q5_1) {
+        const uint8_t *block = row + 24 * (size_t)g;
+        float d = half_to_float(load_u16(block)), m = half_to_float(load_u16(block + 2));
+        uint32_t fifth = load_u32(block + 4);
         for (int i = 0; i < GROUP; i++) {
-            int code = (low[i] >> (quarter / 2 * 4) & 15) | (high[i] >> (2 * quarter) & 3) << 4;
-            out[i] = d * (float)(int8_t)scales[i / 16] * (float)(code - 32);
+            uint32_t four = i < 16 ? block[8 + i] & 15 : block[8 + i - 16] >> 4;
+            out[i] = d * (float)(four | (fifth >> i & 1) << 4) + m;
         }
     } else if (kind == KIND_IQ4_NL || kind == KIND_IQ4_XS || kind == KIND_MXFP4) {
         const uint8_t *table = code_table(kind == KIND_MXFP4 ? FP4 : IQ4);

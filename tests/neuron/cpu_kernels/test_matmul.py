@@ -18,6 +18,9 @@ EXACT = {TensorKind.Q4_0: Format.W4, TensorKind.Q4_1: Format.W4, TensorKind.Q5_0
          TensorKind.BF16: Format.W16}  # fmt: skip
 
 
+K_KINDS = (TensorKind.Q2_K, TensorKind.Q3_K, TensorKind.Q4_K, TensorKind.Q5_K, TensorKind.Q6_K)
+
+
 def stored_of(kind: TensorKind, rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return bytes of a kind, random where the gguf library does not write it, and their values by the library."""
     values = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
@@ -64,7 +67,9 @@ def test_packing_keeps_every_value(kind: TensorKind, rows: int) -> None:
         (TensorKind.Q4_1, Format.W8, 1 / 200),
         (TensorKind.F16, Format.W16, 2**-8),
         (TensorKind.Q8_0, Format.W16, 2**-8),
-        (TensorKind.Q6_K, Format.W32, 1e-6),
+        *((kind, Format.W32, 1e-6) for kind in K_KINDS),
+        (TensorKind.Q5_1, Format.W32, 1e-6),
+        (TensorKind.Q5_1, Format.W8, 1 / 200),
     ],
 )
 def test_packing_another_kind_is_close(kind: TensorKind, format: Format, tolerance: float) -> None:
@@ -83,7 +88,7 @@ def test_lengths_are_checked() -> None:
         lambda: native.pack(POOL, stored, TensorKind.Q4_1, 16, 64, packed, Format.W4, first_block=1),
         lambda: native.pack(POOL, stored, TensorKind.Q8_0, 16, 64, packed, Format.W4),
         lambda: native.pack(POOL, stored, TensorKind.MXFP4, 16, 64, packed, Format.IQ4),
-        lambda: native.pack(POOL, stored, TensorKind.Q2_K, 16, 64, packed, Format.W8),
+        lambda: native.pack(POOL, stored, TensorKind.IQ2_S, 16, 64, packed, Format.W8),
         lambda: native.Matrix(packed[:-1], Format.W4, 16, 64),
         lambda: native.Matrix(packed, Format.W4, 16, 63),
         lambda: native.linear("avx1024", native.Matrix(packed, Format.W4, 16, 64), *two(1, 64, 16)),
