@@ -56,7 +56,7 @@ def hybrid(name: str, fields: Fields, feed_forward: tuple[Layer, ...], **differe
     if not fields.flag("attn_output_gate", True):
         raise UnsupportedArchitectureError(f"{fields.path}: attention without a gate is not supported")
     found = fields.value("output_gate_type")
-    if found not in {None, "swish", "silu"}:
+    if found not in (None, "swish", "silu"):
         raise UnsupportedArchitectureError(f"{fields.path}: output_gate_type {quoted(found)} is not supported")
     norm, has_bias = norm_of(fields, less_one=True), fields.flag("attention_bias")
     attention = attention_of(

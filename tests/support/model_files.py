@@ -124,7 +124,23 @@ SMOLLM: dict[str, Any] = {
     "no_rope_layers": [1],
     "rope_scaling": None,
 }
-SOUND: tuple[dict[str, Any], ...] = (CONFIG, GEMMA, EXPERTS, GLM, PHI, MINISTRAL, WRAPPED, QWEN_MOE, SMOLLM)
+HYBRID: dict[str, Any] = {
+    **QWEN_MOE,
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "linear_conv_kernel_dim": 4,
+    "partial_rotary_factor": 0.5,
+    "attn_output_gate": True,
+    "output_gate_type": "swish",
+}
+SOUND: tuple[dict[str, Any], ...] = (CONFIG, GEMMA, EXPERTS, GLM, PHI, MINISTRAL, WRAPPED, QWEN_MOE, SMOLLM, HYBRID)
 """A configuration of each family that reads keys of its own."""
 GENERATION: dict[str, Any] = {
     "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1, "eos_token_id": 2

@@ -1,5 +1,6 @@
 """Models of gated delta nets and gated attention against transformers: logits, however a prompt is divided."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from cortex.wire.errors import ApiError
 from neuron.layers.cache import SequenceState
+from neuron.layers.gated_delta import GatedDelta
+from neuron.layers.shard import Shard
 from neuron.models.config import read_config
 from neuron.models.decoder import Decoder
 
@@ -205,3 +208,37 @@ def test_what_is_not_supported_is_named(tmp_path: pathlib.Path, change: dict[str
     with pytest.raises(ApiError) as raised:
         read_config(tmp_path)
     assert message in str(raised.value)
+
+
+def test_a_published_shape_has_the_known_sizes(tmp_path: pathlib.Path) -> None:
+    """Qwen3.5-27B in its wrapper: 64 KiB a token in 16 layers, 3 MiB and 60 KiB of state in each of 48."""
+    text = {
+        **CONFIG, "model_type": "qwen3_5_text", "vocab_size": 248320, "hidden_size": 5120, "intermediate_size": 17408,
+        "num_hidden_layers": 64, "num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 256,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    }  # fmt: skip
+    values = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = read_config(tmp_path)
+    assert config.kv_bytes_per_token("bfloat16") == 64 << 10
+    states = [cache.num_bytes(2) for cache in config.caches() if isinstance(cache, SequenceState)]
+    assert states == [(3 << 20) + (60 << 10)] * 48
+    assert 26e9 < config.num_parameters() < 28e9
+    assert config.blocks[3][0].rope.rotary_dim == 64
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_the_parts_of_ranks_are_the_whole(case: Any, num_ranks: int) -> None:
+    config = read_config(case[0])
+    (delta,) = {layer for layer in config.layers if isinstance(layer, GatedDelta)}
+    if num_ranks > delta.num_key_heads and (num_ranks % delta.num_key_heads or num_ranks > delta.num_value_heads):
+        with pytest.raises(ApiError, match="tensor_parallel"):
+            delta.cache(Shard(0, num_ranks))
+        return
+    parts = [delta.cache(Shard(rank, num_ranks)).tensors[1].shape[0] for rank in range(num_ranks)]
+    assert sum(parts) == delta.num_value_heads
+    rows = [delta.parameters(Shard(rank, num_ranks))["output"].tensors[0].columns for rank in range(num_ranks)]
+    assert [i for run in rows for i in run] == list(range(delta.num_value_heads * delta.value_dim))
+    with pytest.raises(ApiError, match="load the safetensors instead"):
+        dataclasses.replace(delta, tiled=True, num_value_heads=2 * delta.num_key_heads).cache(Shard(0, num_ranks))

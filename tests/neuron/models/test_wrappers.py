@@ -30,6 +30,14 @@ QWEN_VISION: dict[str, Any] = {
     "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
 }  # fmt: skip
 QWEN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+QWEN3_5_VISION: dict[str, Any] = {key: QWEN_VISION[key] for key in QWEN_VISION if key != "deepstack_visual_indexes"}
+DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 12, "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2],
+    },
+}  # fmt: skip
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", {
         "text_config": {**TEXT, "sliding_window": 16, "query_pre_attn_scalar": 9, "num_hidden_layers": 6},
@@ -38,6 +46,14 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral3": ("Mistral3", {
         "text_config": {**TEXT, "model_type": "mistral", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
         "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8, "image_size": 16},
+    }),
+    "qwen3_5": ("Qwen3_5", {"text_config": {**TEXT, **DELTA}, "vision_config": QWEN3_5_VISION}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {
+        "text_config": {
+            **{key: value for key, value in TEXT.items() if key != "intermediate_size"}, **DELTA, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 20,
+        },
+        "vision_config": QWEN3_5_VISION,
     }),
     "qwen3_vl": ("Qwen3VL", {"text_config": {**TEXT, "rope_parameters": QWEN_ROPE}, "vision_config": QWEN_VISION}),
     "qwen3_vl_moe": ("Qwen3VLMoe", {
