@@ -407,6 +407,7 @@ FORMS: Final[dict[str, Callable[[torch.Tensor], QuantizedMatrix]]] = {
     "int4 g32": lambda weight: quantize_int4(weight, 32),
     **{name: _random(format.layout) for name, format in STORED_FORMATS.items()},
     **{name: _random(functools.partial(_layout, make)) for name, make in EXAMPLES.items()},
+    "in order": _random(lambda _: Layout(Quantization.INT4, BLOCK, "float16", has_zeros=True, has_order=True)),
 }
 """Every form, made of a matrix ``[N, K]`` with K a multiple of 256; stored ones are random."""
 
