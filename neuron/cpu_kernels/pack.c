@@ -243,12 +243,15 @@ static void write_w8(int kind, const uint8_t *row, int g, int columns, int lane,
     } else {
         float values[GROUP], largest = 0;
         read_floats(kind, row, g, columns, values);
-        for (int i = 0; i < GROUP; i++) largest = fmaxf(largest, fabsf(values[i]));
+        for (int i = 0; i < GROUP; i++) largest = fabsf(values[i]) > largest ? fabsf(values[i]) : largest;
         d = float_to_half(largest / 127.0f);
         float inverse = half_to_float(d) > 0 ? 1.0f / half_to_float(d) : 0.0f;
         for (int i = 0; i < GROUP; i++) {
-            float code = rintf(values[i] * inverse);
-            codes[i] = (uint8_t)((int)fminf(fmaxf(code, -127.0f), 127.0f) + 128);
+            float code = values[i] * inverse;
+            code = code > -127.0f ? code : -127.0f;
+            code = code < 127.0f ? code : 127.0f;
+            /* Adding 1.5 2^23 leaves the rounded number in the low bits; rintf and fminf would be calls. */
+            codes[i] = (uint8_t)(float_bits(code + 0x1.8p23f) + 128);
         }
     }
     for (int j = 0; j < 8; j++) memcpy(group + 64 * j + 4 * lane, codes + 4 * j, 4);
