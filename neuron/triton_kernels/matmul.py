@@ -132,7 +132,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 @matmul.cases()
 def _cases(check: Run, make: Make) -> None:
-    for rows, depth, width in ((1, 16, 16), (70, 144, 200), (300, 80, 272), (65, 77, 131)):
+    for rows, depth, width in ((1, 16, 16), (70, 144, 200), (300, 80, 272), (65, 77, 131), (70, 48, 1)):
         bias = make(width) if rows == 70 else None
         check(make(rows, depth), make(width, depth, scale=depth**-0.5), bias)
 

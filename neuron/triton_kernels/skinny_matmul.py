@@ -269,6 +269,7 @@ def _cases(check: Run, make: Make) -> None:
         for function in ("silu", "gelu"):
             check(x, weight, norm=norm, activation=function)
         check(x, weight, residual=make(rows, 2 * width))
+        check(x, weight[:1])
 
 
 @skinny_matmul.launches()
