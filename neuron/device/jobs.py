@@ -78,7 +78,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     job: int
     spec: ModelSpec
     path: str
-    """Path of the weights on this host: a ``.gguf`` file or a folder with ``config.json`` and safetensors."""
+    """Path of the weights on this host: a ``.gguf`` file, the first where there are several, or a folder with
+    ``config.json`` and safetensors."""
     group: GroupSettings | None = None
     """Group whose workers each load a part; rank 0 takes the model's sequences. ``None``: not shared."""
 

@@ -17,7 +17,7 @@ from neuron.load.wheel import WheelSource, fetch_wheel
 
 @dataclass(frozen=True, slots=True)
 class LocalSource:
-    """A ``.gguf`` file or a folder with ``config.json`` and safetensors."""
+    """A ``.gguf`` file, the first where there are several, or a folder with ``config.json`` and safetensors."""
 
     path: pathlib.Path
 

@@ -20,7 +20,7 @@ def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
     "part",
     [
         *("rms norm", "gated norm", "gated activation", "rope and", "H4 K4 D80", "causal convolution", "gated delta"),
-        *("skinny", "matmul of floats", "matmul Q4_1"),
+        *("skinny", "matmul of floats", "quantized matmul Q2_K", "quantized matmul NVFP4"),
     ],
 )
 def test_numbers(part: str) -> None:
