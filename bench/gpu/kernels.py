@@ -11,7 +11,9 @@ from sizes import Sizes
 
 from neuron.triton_kernels import cases, launch, moe_routing
 from neuron.triton_kernels.activation import gated_activation
-from neuron.triton_kernels.batch import AttentionParameters, KeyValueCache
+from neuron.triton_kernels.batch import AttentionParameters, PagedCache
+from neuron.triton_kernels.cache_codes import FORMATS as FORMATS_OF_CACHES
+from neuron.triton_kernels.cache_codes import new_cache, write
 from neuron.triton_kernels.decode_attention import decode_attention
 from neuron.triton_kernels.matmul import matmul
 from neuron.triton_kernels.moe_matmul import moe_matmul
@@ -113,42 +115,54 @@ def products(bench: Bench) -> Rows:
             yield {"M": batch, "N": width, "K": depth, "TFLOP/s": ours, "cuBLAS": theirs, "share": ours / theirs}
 
 
+def caches(bench: Bench, *shape: int) -> Iterator[tuple[str, PagedCache]]:
+    """Yield a random cache of ``shape`` ``[P, page, K, D]`` in each format that the GPU has, by its name."""
+    num_slots = shape[0] * shape[1]
+    for name, dtype in {"bfloat16": torch.bfloat16, **FORMATS_OF_CACHES}.items():
+        if name == "fp8" and launch.target_of(bench.gpu.device).capability < 89:
+            continue
+        cache = new_cache(shape, dtype, lambda size, kind: torch.zeros(size, dtype=kind, device=bench.gpu.device))
+        pools = (bench.random(num_slots, *shape[2:]) for _ in range(2))
+        write(cache, torch.arange(num_slots, device=bench.gpu.device), *pools)
+        yield name, cache
+
+
 def attention(bench: Bench) -> Rows:
-    """Yield attention of prompts beside torch's, and of decodes beside the copy."""
+    """Yield attention of prompts beside torch's, and of decodes beside the copy, over each format of the cache."""
     gpu = bench.gpu
     for num_heads, num_kv_heads, head_dim in bench.sizes.heads:
         shape = {"H": num_heads, "K": num_kv_heads, "D": head_dim}
         for tokens in bench.sizes.prompts:
             batch, pages = random_batch([(tokens, tokens)], gpu.device)
-            cache = KeyValueCache(*(bench.random(pages, PAGE, num_kv_heads, head_dim) for _ in range(2)))
             q = bench.random(tokens, num_heads, head_dim)
             out = torch.empty_like(q)
-
-            def ours(_: int, a: Any = (q, cache, batch, PLAIN, out)) -> None:
-                prefill_attention.triton(*a)
-
             each = q.transpose(0, 1)[None], *(bench.random(1, num_kv_heads, tokens, head_dim) for _ in range(2))
 
             def theirs(_: int, a: Any = each) -> torch.Tensor:
                 return torch.nn.functional.scaled_dot_product_attention(*a, is_causal=True, enable_gqa=True)
 
-            us, other = gpu.graph_us(ours), gpu.graph_us(theirs)
-            work = 2 * tokens * tokens * num_heads * head_dim / 1e6
-            row = {"kind": "prefill", "B": 1, "S": tokens, **shape, "us": us, "TFLOP/s": work / us}
-            yield row | {"SDPA TFLOP/s": work / other, "share of SDPA": other / us}
+            other, work = gpu.graph_us(theirs), 2 * tokens * tokens * num_heads * head_dim / 1e6
+            for name, cache in caches(bench, pages, PAGE, num_kv_heads, head_dim):
+
+                def ours(_: int, a: Any = (q, cache, batch, PLAIN, out)) -> None:
+                    prefill_attention.triton(*a)
+
+                us = gpu.graph_us(ours)
+                row = {"kind": "prefill", "B": 1, "S": tokens, **shape, "cache": name, "us": us, "TFLOP/s": work / us}
+                yield row | {"SDPA TFLOP/s": work / other, "share of SDPA": other / us}
         for sequences, context in bench.sizes.contexts:
             batch, pages = random_batch([(1, context)] * sequences, gpu.device)
-            cache = KeyValueCache(*(bench.random(pages, PAGE, num_kv_heads, head_dim) for _ in range(2)))
             q = bench.random(sequences, num_heads, head_dim)
             out = torch.empty_like(q)
+            for name, cache in caches(bench, pages, PAGE, num_kv_heads, head_dim):
 
-            def decode(_: int, a: Any = (q, cache, batch, PLAIN, out)) -> None:
-                decode_attention.triton(*a, num_sequences=len(a[0]))
+                def decode(_: int, a: Any = (q, cache, batch, PLAIN, out)) -> None:
+                    decode_attention.triton(*a, num_sequences=len(a[0]))
 
-            # Data smaller than the second-level cache stays there between calls, and its share can exceed 1.
-            nbytes = sum(pool.nbytes for pool in cache)
-            row = {"kind": "decode", "B": sequences, "S": context, **shape}
-            yield row | bench.rate(nbytes, gpu.graph_us(decode)) | {"MB": nbytes / 1e6}
+                # Data smaller than the second-level cache stays there between calls, and its share can exceed 1.
+                nbytes = sum(pool.nbytes for pool in cache)
+                row = {"kind": "decode", "B": sequences, "S": context, **shape, "cache": name}
+                yield row | bench.rate(nbytes, gpu.graph_us(decode)) | {"MB": nbytes / 1e6}
 
 
 def quantised(bench: Bench) -> Rows:
