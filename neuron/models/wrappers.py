@@ -37,8 +37,8 @@ def text_values(path: pathlib.Path, values: Mapping[str, Any]) -> Mapping[str, A
 
     What is told of all parts stands beside ``text_config``, and whether the head is the embedding.
     """
-    known = WRAPPERS.get(str(values.get("model_type")))
-    if known is None or known[0] not in (values.get("architectures") or ()):
+    known, classes = WRAPPERS.get(str(values.get("model_type"))), values.get("architectures")
+    if known is None or (classes and known[0] not in classes):
         return values
     inner = values.get("text_config")
     if not isinstance(inner, dict):

@@ -119,9 +119,10 @@ def test_either_prefix_is_read(wrapper: pathlib.Path, tmp_path: pathlib.Path) ->
         assert torch.equal(values, expected[name]), name
 
 
+@pytest.mark.parametrize("classes", [["Mistral3ForConditionalGeneration"], None])
 @pytest.mark.parametrize("text", [None, 3, [], "text"])
-def test_a_wrapper_without_a_language_model_is_refused(tmp_path: pathlib.Path, text: object) -> None:
-    values = {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}
+def test_a_wrapper_without_a_language_model_is_refused(tmp_path: pathlib.Path, text: object, classes: object) -> None:
+    values = {"model_type": "mistral3", "architectures": classes, "text_config": text}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(CorruptWeightsError, match="text_config is"):
         read_config(tmp_path)
