@@ -14,10 +14,6 @@ EXAMPLES: Final[dict[str, Callable[[int], Scheme]]] = {
     "awq": lambda columns: awq.Awq(
         columns=columns, quantization=Quantization.INT4, group=128, scales="float16", has_zeros=True
     ),
-    "nvfp4": lambda columns: float4.Float4(
-        columns=columns, quantization=Quantization.FP4, group=16, scales="float8_e4m3fn", supers="float32",
-        suffix="weight_packed", whole=float4.DIVISOR,
-    ),
 }  # fmt: skip
 """Schemes of weights of so many columns whose layouts no other format has, for the kernels' cases and builds."""
 RECOGNISERS: Final = (scaled.recognise, float4.recognise, packed_integers.recognise, gptq.recognise, awq.recognise)
