@@ -12,11 +12,11 @@ and A the part of ``b_i (k_i k_j) D_ij`` with j < i:
     O = e^G Q S + (Q K^T * D) V';  S <- e^(G_C) S + (e^(G_C - G) K)^T V'
 
 The triangular systems are solved by forward substitution: powers of A overflow where keys are alike. Differences of G
-are taken, and masked, before e^x, which overflows otherwise. All in float32. The kernel goes token by token, a part of
-the state in the registers of each program.
+are taken, and masked, before e^x, which overflows otherwise. All in float32; the kernel multiplies in several
+passes of shorter numbers, which come to nearly as much, and each program has a part of the state in its registers.
 """
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -29,6 +29,8 @@ from neuron.triton_kernels.random_batch import steps_of_states, with_states
 
 NORM_EPS: Final = 1e-6
 """Epsilon under the root of a key's or query's length."""
+KERNEL_TOKENS: Final = 16
+"""Tokens of a chunk in the kernel, which a chunk of :mod:`neuron.layers.cache` is a multiple of."""
 
 
 @Operation
@@ -118,9 +120,21 @@ def _chunk(tokens: _Tokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 @triton.jit
-def _unit(x):
-    """Return a vector of length 1."""
-    return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
+def _gates(at, rate, shift, inside, H: tl.constexpr):
+    """Return decays and strengths, 0 where not ``inside``."""
+    beta = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    alpha = tl.load(at + H, mask=inside, other=0.0).to(tl.float32) + shift
+    # log(1 + e^alpha), of any size.
+    softplus = tl.maximum(alpha, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(alpha)))
+    return tl.where(inside, rate * softplus, 0.0), tl.where(inside, 1.0 / (1.0 + tl.exp(-beta)), 0.0)
+
+
+@triton.jit
+def _twice(a, b):
+    """Return ``a b`` in two passes of the dtype of ``a``: with float32 ``b`` rounded, and with what that leaves."""
+    high = b.to(a.dtype)
+    low = (b - high.to(tl.float32)).to(a.dtype)
+    return tl.dot(a, low, tl.dot(a, high, input_precision="ieee"), input_precision="ieee")
 
 
 @triton.jit
@@ -136,23 +150,76 @@ def _recurrence_kernel(
     state_at = states + slot * slot_stride + head * (DK * DV) + i[:, None] * DV + j[None, :]
     inside = (i < DK)[:, None] & (j < DV)[None, :]
     state = tl.load(state_at, mask=inside, other=0.0)
+    token = tl.load(cu_seqlens + sequence).to(tl.int64)
+    row = qkv + token * stride
+    q = tl.load(row + key_head * DK + i, mask=i < DK, other=0.0).to(tl.float32)
+    k = tl.load(row + (K + key_head) * DK + i, mask=i < DK, other=0.0).to(tl.float32)
+    v = tl.load(row + 2 * K * DK + head * DV + j, mask=j < DV, other=0.0).to(tl.float32)
+    g, b = _gates(gates + token * gate_stride + head, tl.load(decay + head), tl.load(bias + head), True, H)
+    q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * scale
+    k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+    state *= tl.exp(g)
+    state += k[:, None] * (b * (v - tl.sum(state * k[:, None], 0)))[None, :]
+    value = tl.sum(state * q[:, None], 0)
+    tl.store(out + token * (H * DV) + head * DV + j, value.to(out.dtype.element_ty), mask=j < DV)
+    tl.store(state_at, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_sequence"])
+def _chunk_kernel(
+    qkv, gates, decay, bias, states, out, cu_seqlens, state_slots, first_sequence, stride, gate_stride, slot_stride,
+    scale,
+    H: tl.constexpr, K: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TILED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    sequence, head = first_sequence + tl.program_id(0), tl.program_id(1)
+    key_head = head % K if TILED else head // (H // K)
+    i, j = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    t = tl.arange(0, C)
+    slot = tl.load(state_slots + sequence).to(tl.int64)
+    state_at = states + slot * slot_stride + head * (DK * DV) + i[:, None] * DV + j[None, :]
+    inside = (i < DK)[:, None] & (j < DV)[None, :]
+    state = tl.load(state_at, mask=inside, other=0.0)
     rate, shift = tl.load(decay + head), tl.load(bias + head)
     first = tl.load(cu_seqlens + sequence).to(tl.int64)
-    row, gate_row, out_at = qkv + first * stride, gates + first * gate_stride + head, out + first * (H * DV) + head * DV
-    for _ in range(tl.load(cu_seqlens + sequence + 1) - first):
-        q = tl.load(row + key_head * DK + i, mask=i < DK, other=0.0).to(tl.float32)
-        k = tl.load(row + (K + key_head) * DK + i, mask=i < DK, other=0.0).to(tl.float32)
-        v = tl.load(row + 2 * K * DK + head * DV + j, mask=j < DV, other=0.0).to(tl.float32)
-        beta, alpha = tl.load(gate_row).to(tl.float32), tl.load(gate_row + H).to(tl.float32) + shift
-        # log(1 + e^alpha), of any size.
-        softplus = tl.maximum(alpha, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(alpha)))
-        q, k = _unit(q) * scale, _unit(k)
-        state *= tl.exp(rate * softplus)
-        error = v - tl.sum(state * k[:, None], 0)
-        state += k[:, None] * (error / (1.0 + tl.exp(-beta)))[None, :]
-        value = tl.sum(state * q[:, None], 0)
-        tl.store(out_at + j, value.to(out.dtype.element_ty), mask=j < DV)
-        row, gate_row, out_at = row + stride, gate_row + gate_stride, out_at + H * DV
+    count = tl.load(cu_seqlens + sequence + 1) - first
+    for start in range(0, count, C):
+        # Beyond the end, keys, decays and strengths are 0: the state is left as it is.
+        is_token = start + t < count
+        token = first + start + t
+        has_key = is_token[:, None] & (i < DK)[None, :]
+        has_value = is_token[:, None] & (j < DV)[None, :]
+        keys_at = qkv + token[:, None] * stride + key_head * DK + i[None, :]
+        # As they are stored: products of these are exact, and the lengths are divided by behind them.
+        k = tl.load(keys_at + K * DK, mask=has_key, other=0.0)
+        values_at = qkv + token[:, None] * stride + 2 * K * DK + head * DV + j[None, :]
+        v = tl.load(values_at, mask=has_value, other=0.0).to(tl.float32)
+        g, b = _gates(gates + token * gate_stride + head, rate, shift, is_token, H)
+        per_k = tl.rsqrt(tl.sum(k.to(tl.float32) * k.to(tl.float32), 1) + 1e-6)
+        sums = tl.cumsum(g, 0)
+        # D and A transposed, so that a row of A is a column.
+        decays = tl.exp(tl.where(t[:, None] <= t[None, :], sums[None, :] - sums[:, None], float("-inf")))
+        decays *= per_k[:, None]
+        products = tl.dot(k, tl.trans(k), input_precision="ieee") * decays * (b * per_k)[None, :]
+        products = tl.where(t[:, None] < t[None, :], products, 0.0)
+        inverse = tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+        for r in range(1, C):
+            row = tl.sum(tl.where((t == r)[None, :], products, 0.0), 1)
+            inverse -= tl.where((t == r)[:, None], tl.sum(row[:, None] * inverse, 0)[None, :], 0.0)
+        grown = tl.exp(sums)
+        errors = b[:, None] * (v - (grown * per_k)[:, None] * _twice(k, state))
+        values = tl.dot(inverse, errors, input_precision="tf32x3")
+        # Only here: the registers are full.
+        q = tl.load(keys_at, mask=has_key, other=0.0)
+        per_q = tl.rsqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) + 1e-6) * scale
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * decays * per_q[None, :]
+        result = (grown * per_q)[:, None] * _twice(q, state)
+        result += tl.dot(tl.trans(scores), values, input_precision="tf32x3")
+        out_at = out + token[:, None] * (H * DV) + head * DV + j[None, :]
+        tl.store(out_at, result.to(out.dtype.element_ty), mask=has_value)
+        last = tl.sum(g, 0)
+        values *= (tl.exp(last - sums) * per_k)[:, None]
+        state = tl.exp(last) * state + _twice(tl.trans(k), values)
     tl.store(state_at, state, mask=inside)
 
 
@@ -171,35 +238,40 @@ def _launch(
     _, num_heads, key_dim, value_dim = states.shape
     num_key_heads = (qkv.shape[1] - num_heads * value_dim) // (2 * key_dim)
     out = torch.empty((len(qkv), num_heads * value_dim), dtype=qkv.dtype, device=qkv.device)
-    block_k = power_of_two(key_dim)
-    block_v = min(power_of_two(value_dim), max(4096 // block_k, 8))
-    launch(
-        _recurrence_kernel,
-        (len(batch.context_lens), num_heads, cdiv(value_dim, block_v)),
-        batch,
-        qkv=qkv, gates=gates, decay=decay, bias=bias, states=states, out=out, stride=qkv.stride(0),
-        gate_stride=gates.stride(0), slot_stride=states.stride(0), scale=key_dim**-0.5, H=num_heads, K=num_key_heads,
-        DK=key_dim, DV=value_dim, TILED=tiled, BLOCK_K=block_k, BLOCK_V=block_v,
-    )  # fmt: skip
+    block_k = max(power_of_two(key_dim), 16)
+    # Twice as many values spill on sm_80.
+    block_v = max(min(power_of_two(value_dim), 2048 // block_k), 16)
+    grid = num_heads, cdiv(value_dim, block_v)
+    shared: dict[str, Any] = {
+        "qkv": qkv, "gates": gates, "decay": decay, "bias": bias, "states": states, "out": out,
+        "stride": qkv.stride(0), "gate_stride": gates.stride(0), "slot_stride": states.stride(0),
+        "scale": key_dim**-0.5, "H": num_heads, "K": num_key_heads, "DK": key_dim, "DV": value_dim, "TILED": tiled,
+        "BLOCK_K": block_k, "BLOCK_V": block_v,
+    }  # fmt: skip
+    prompts = len(batch.context_lens) - batch.num_decodes
+    if batch.num_decodes:
+        launch(_recurrence_kernel, (batch.num_decodes, *grid), batch, **shared)
+    if prompts:
+        chunk = min(chunk_tokens, KERNEL_TOKENS)
+        launch(_chunk_kernel, (prompts, *grid), batch, first_sequence=batch.num_decodes, C=chunk, **shared)
     return out
 
 
 @gated_delta.cases("grouped", "tiled")
 def _cases(check: Run, make: Make, order: str) -> None:
-    for lengths in ([(1, 9)], [(1, 5), (7, 20)]):
-        for num_heads, num_key_heads, key_dim, value_dim in ((6, 2, 16, 8), (2, 2, 24, 40)):
-            batch, num_slots = with_states(lengths, make)
-            num_tokens = len(batch.positions)
-            check(
-                make(num_tokens, 2 * num_key_heads * key_dim + num_heads * value_dim),
-                make(num_tokens, 2 * num_heads),
-                -make(num_heads, dtype=torch.float32).exp() / 8,
-                make(num_heads, dtype=torch.float32),
-                make(num_slots, num_heads, key_dim, value_dim, dtype=torch.float32),
-                batch,
-                tiled=order == "tiled",
-                chunk_tokens=4,
-            )
+    for num_heads, num_key_heads, key_dim, value_dim in ((4, 2, 16, 8), (1, 1, 24, 20)):
+        batch, num_slots = with_states([(1, 5), (1, 1), (21, 30)], make)
+        num_tokens = len(batch.positions)
+        check(
+            make(num_tokens, 2 * num_key_heads * key_dim + num_heads * value_dim),
+            make(num_tokens, 2 * num_heads),
+            -make(num_heads, dtype=torch.float32).exp() / 8,
+            make(num_heads, dtype=torch.float32),
+            make(num_slots, num_heads, key_dim, value_dim, dtype=torch.float32),
+            batch,
+            tiled=order == "tiled",
+            chunk_tokens=16,
+        )
 
 
 @gated_delta.launches()
