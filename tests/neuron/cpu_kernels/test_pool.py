@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from neuron.cpu_kernels import native
+from neuron.models.packed import Format
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 9])
@@ -15,14 +16,14 @@ def test_every_share_is_done_once_from_any_caller(num_threads: int) -> None:
     pool = native.Pool(num_threads)
     assert pool.num_threads == num_threads
     values = np.random.default_rng(0).standard_normal((100, 5)).astype(np.float32)
-    expected = np.zeros(native.packed_bytes(3, 100, 5), np.uint8)
-    native.pack(native.Pool(1), values.view(np.uint8).reshape(-1), 0, 100, 5, expected, 3)
+    expected = np.zeros(native.packed_bytes(Format.W32, 100, 5), np.uint8)
+    native.pack(native.Pool(1), values.view(np.uint8).reshape(-1), 0, 100, 5, expected, Format.W32)
     wrong = []
 
     def call() -> None:
         for _ in range(50):
             packed = np.zeros_like(expected)
-            native.pack(pool, values.view(np.uint8).reshape(-1), 0, 100, 5, packed, 3)
+            native.pack(pool, values.view(np.uint8).reshape(-1), 0, 100, 5, packed, Format.W32)
             if not np.array_equal(packed, expected):
                 wrong.append(packed)
 
@@ -50,7 +51,7 @@ def test_idle_threads_take_no_time() -> None:
     """Workers spin for 50 us after a call, and sleep until the next."""
     pool = native.Pool(4)
     values = np.zeros((64, 32), np.float32)
-    packed = np.zeros(native.packed_bytes(3, 64, 32), np.uint8)
+    packed = np.zeros(native.packed_bytes(Format.W32, 64, 32), np.uint8)
     for _ in range(20):
         native.pack(pool, values.view(np.uint8).reshape(-1), 0, 64, 32, packed, 3)
     time.sleep(0.05)
