@@ -53,7 +53,7 @@ def test_idle_threads_take_no_time() -> None:
     values = np.zeros((64, 32), np.float32)
     packed = np.zeros(native.packed_bytes(Format.W32, 64, 32), np.uint8)
     for _ in range(20):
-        native.pack(pool, values.view(np.uint8).reshape(-1), 0, 64, 32, packed, 3)
+        native.pack(pool, values.view(np.uint8).reshape(-1), 0, 64, 32, packed, Format.W32)
     time.sleep(0.05)
     begin = time.process_time()
     time.sleep(0.5)
