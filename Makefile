@@ -48,7 +48,7 @@ $(VENV)/installed: $(VENV)/made $(SOURCES)
 LOCKED_TORCH = $(shell grep -o '^torch==[^ ]*' packaging/lock/neuron.txt)
 $(VENV)/editable: $(VENV)/made pyproject.toml meson.build $(if $(LOCKED),packaging/lock/ci.txt)
 ifneq ($(LOCKED),)
-	$(PIP) install --require-hashes -r packaging/lock/ci.txt
+	$(PIP) install --require-hashes --no-deps -r packaging/lock/ci.txt  # it has all of them but torch
 	$(PIP) install --no-deps $(LOCKED_TORCH)
 endif
 	$(PIP) install --no-build-isolation --editable ".[neuron]" --config-settings=build-dir=build/editable
