@@ -34,8 +34,8 @@ NUMERIC_TARGETS: Final = (Target(80, 40), Target(90, 3))
 """With many multiprocessors decode attention and skinny matmuls split; with few the persistent matmul takes several
 tiles."""
 COUNTED: Final = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG", "STG", "STL", "LDL")
-BRIEF: Final = ("neuron.triton_kernels.quantized_matmul:", 120)
-"""With ``--brief``: kernels that are half of all variants, and the only capability they are compiled for."""
+BRIEF_CAPABILITY: Final = 120
+"""Capability for which ``--brief`` compiles all variants; for the others it compiles the first one of each kernel."""
 MUST_USE_HGMMA: Final = ("_prefill_attention_kernel", "_persistent_matmul_kernel")
 WAIT: Final = "ACQBULK"
 """``griddepcontrol.wait``: the writes of the previous kernel are visible after it."""
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("build/kernels"))
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilers at a time")
-    parser.add_argument("--brief", action="store_true", help="quantised matmuls for one compute capability only")
+    parser.add_argument("--brief", action="store_true", help="all variants for one compute capability only")
     parser.add_argument("--quiet", action="store_true", help="no table, only what fails and a summary")
     parser.add_argument("--keep", action="store_true", help="write bench/results/kernels.json")
     options = parser.parse_args(arguments)
@@ -190,13 +190,12 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "-P", "-m", __spec__.name, "--numbers", "--only", options.only]
         failed += subprocess.run(command, env=environment, check=False).returncode != 0
     start = time.monotonic()
-    wanted = [
-        (variant, capability)
-        for capability in options.capability or CAPABILITIES
-        for variant in all_variants(capability)
-        if options.only in variant.kernel
-        and not (options.brief and variant.kernel.startswith(BRIEF[0]) and capability != BRIEF[1])
-    ]
+    wanted = []
+    for capability in options.capability or CAPABILITIES:
+        variants = [variant for variant in all_variants(capability) if options.only in variant.kernel]
+        if options.brief and capability != BRIEF_CAPABILITY:
+            variants = list({variant.kernel: variant for variant in reversed(variants)}.values())
+        wanted += [(variant, capability) for variant in variants]
     if not wanted:
         print(f"no kernel has {options.only!r} in its name")
         return 1
