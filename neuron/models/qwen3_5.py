@@ -24,13 +24,13 @@ GGUF_NORM: Final = "post_attention_norm"
 
 def build(fields: Fields) -> ModelConfig:
     """Return the dense model of a configuration."""
-    return hybrid("qwen3_5", fields, (dense_mlp(fields),) * num_layers(fields), **_orders(fields))
+    return hybrid("qwen3_5", fields, (dense_mlp(fields),) * num_layers(fields), tiled=isinstance(fields, GgufFields))
 
 
 def build_moe(fields: Fields) -> ModelConfig:
     """Return the model with experts of a configuration."""
     experts = gated_experts(fields, normalise=True)
-    return hybrid("qwen3_5_moe", fields, (experts,) * num_layers(fields), **_orders(fields))
+    return hybrid("qwen3_5_moe", fields, (experts,) * num_layers(fields), tiled=isinstance(fields, GgufFields))
 
 
 def dense_mlp(fields: Fields) -> GatedMlp:
@@ -91,11 +91,6 @@ def hybrid(name: str, fields: Fields, feed_forward: tuple[Layer, ...], **differe
 
 def _num_drafting(fields: Fields) -> int:
     return fields.size("num_nextn_predict_layers", 0, least=0)
-
-
-def _orders(fields: Fields) -> dict[str, bool]:
-    """Return the order of the heads of gated delta nets."""
-    return {"tiled": isinstance(fields, GgufFields)}
 
 
 FAMILY: Final = Family(

@@ -26,7 +26,7 @@ from neuron.models.files import quoted
 from neuron.models.gguf import TensorInfo, TensorKind, name_of
 from neuron.models.gguf_parts import read_parts
 from neuron.models.model import ModelConfig
-from neuron.models.safetensors import TensorEntry, read_tensors
+from neuron.models.safetensors import DERIVED_TENSORS, TensorEntry, read_tensors
 from neuron.models.schemes import by_module, places_of, unstacked_weights, whole_shapes
 from neuron.models.stored import by_tensor, unstacked
 from neuron.models.transfer import ON_HOST, Transfer, from_file
@@ -34,8 +34,6 @@ from neuron.models.transfer import ON_HOST, Transfer, from_file
 PIECE_ELEMENTS: Final = 1 << 18
 """Number of elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between
 passes."""
-DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", *FACTORS)
-"""Constants that some exporters store; here they come from the configuration."""
 FLOAT_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes of safetensors that are converted while they are copied."""
 STORED_KINDS: Final = {"F32": TensorKind.F32, "F16": TensorKind.F16, "BF16": TensorKind.BF16}
@@ -331,7 +329,7 @@ class GgufSource:
         stored = unstacked(
             tensor
             for stem, tensor in named.items()
-            if stem not in self._scales and not tensor.name.endswith(DERIVED_TENSORS)
+            if stem not in self._scales and not tensor.name.endswith((*DERIVED_TENSORS, *FACTORS))
         )
         self._tensors = by_tensor(self.config, stored, path, gguf=True)
 

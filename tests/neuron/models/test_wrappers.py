@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from neuron.models.config import read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError
-from neuron.models.weights import open_weights
 from neuron.models.wrappers import text_name
 
 from .test_parity import assert_close, expected_of, run_engine
+from .test_weights import read_all
 
 TEXT: dict[str, Any] = {
     "vocab_size": 131, "hidden_size": 48, "intermediate_size": 77, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -90,16 +90,6 @@ def test_the_language_model_of_a_wrapper_equals_transformers(
     found_tokens, found = run_engine(harness, wrapper, [prompt], 16, 8)
     assert found_tokens[0] == tokens
     assert_close(found[0], logits)
-
-
-def read_all(folder: pathlib.Path) -> dict[str, torch.Tensor]:
-    source = open_weights(folder)
-    found = {}
-    for name, shape in source.config.tensor_shapes().items():
-        found[name] = torch.empty(shape)
-        source.read_into(name, found[name])
-    source.close()
-    return found
 
 
 def test_either_prefix_is_read(wrapper: pathlib.Path, tmp_path: pathlib.Path) -> None:
