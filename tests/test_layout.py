@@ -1,4 +1,4 @@
-"""What is installed: every file of the packages but sources that are compiled, and an extension for each of Cython's."""
+"""What is installed: every file of the packages but sources that are compiled, and an extension for each .pyx."""
 
 import importlib.resources
 import pathlib
