@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 from cortex.wire.errors import ApiError
 from cortex.wire.events import Failed, InferenceEvent, PromptEcho, Started, TokenLogprob
-from neuron.device.jobs import SequenceEnd, TokenLogprobs, TokenRow
-from neuron.device.outstanding import Item, Sink
+from neuron.device.jobs import Generate, SequenceEnd, TokenLogprobs, TokenRow
+from neuron.device.outstanding import Item
 from neuron.device.worker import Worker
 from neuron.errors import AnswerCutError
 from neuron.text.detokenize import Detokenizer
@@ -48,14 +48,14 @@ class Generation:
         self._arrived: list[tuple[int, Item]] = []
         self._wake = asyncio.Event()
 
-    def start(self, choice: int, generate: Callable[[Sink], int]) -> None:
+    def start(self, choice: int, asked: Generate) -> None:
         """Submit one choice's sequence."""
 
         def sink(item: Item) -> None:
             self._arrived.append((choice, item))
             self._wake.set()
 
-        self._sequences[choice] = generate(sink)
+        self._sequences[choice] = self._worker.run(asked, sink)
 
     async def events(self, prompt_tokens: int) -> AsyncGenerator[list[InferenceEvent], None]:
         """Yield events until every choice has finished, or one has failed."""

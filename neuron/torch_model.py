@@ -5,7 +5,6 @@ Prompts are rendered and tokenised in the daemon's text processes. No torch here
 
 import array
 import asyncio
-import functools
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 
@@ -22,7 +21,16 @@ from cortex.wire.events import InferenceEvent
 from cortex.wire.node import Capability
 from cortex.wire.request import EmbeddingRequest, FormatKind, InferenceRequest, Sampling, ToolMode
 from neuron.config import PrefixSharing
-from neuron.device.jobs import ConstraintSettings, Embedding, LoadedModel, SamplerSettings, TokenRow
+from neuron.device.jobs import (
+    UNNUMBERED,
+    ConstraintSettings,
+    Embed,
+    Embedding,
+    Generate,
+    LoadedModel,
+    SamplerSettings,
+    TokenRow,
+)
 from neuron.device.outstanding import Item
 from neuron.device.worker import Worker
 from neuron.errors import AnswerCutError
@@ -151,15 +159,10 @@ class TorchModel:
                 if not answer.done():
                     answer.set_result(item)
 
-            sequence = self.worker.embed(
-                self.loaded.model,
-                prompt,
-                self._config.pooling,
-                sink,
-                principal=request.principal,
-                priority=request.priority,
-                cache_salt=self._prefix_sharing.salt(request.principal),
-            )
+            salt = self._prefix_sharing.salt(request.principal)
+            pooling, principal = self._config.pooling, request.principal
+            asked = Embed(UNNUMBERED, self.loaded.model, prompt, pooling, principal, request.priority, salt)
+            sequence = self.worker.run(asked, sink)
             try:
                 item = await answer
             except asyncio.CancelledError:
@@ -223,8 +226,8 @@ class TorchModel:
             sampler = msgspec.structs.replace(settings, seed=(settings.seed + choice) & _SEED_MASK)
             run.start(
                 choice,
-                functools.partial(
-                    self.worker.generate,
+                Generate(
+                    UNNUMBERED,
                     self.loaded.model,
                     prompt.ids,
                     max_tokens,

@@ -6,6 +6,7 @@ Token ids travel as int32 in the machine's byte order (``array('i').tobytes()``)
 """
 
 from enum import StrEnum
+from typing import Final
 
 import msgspec
 
@@ -59,6 +60,9 @@ class ConstraintSettings(msgspec.Struct, frozen=True, array_like=True):
 
 
 # ------------------------------------------------------------------ daemon -> worker
+
+UNNUMBERED: Final = 0
+"""Number of a sequence that its worker's owner has not numbered yet."""
 
 
 class GroupSettings(msgspec.Struct, frozen=True, array_like=True):

@@ -268,65 +268,15 @@ class Worker:
             raise self._unexpected("a query of memory", result)
         return result
 
-    def generate(
-        self,
-        model: str,
-        prompt: bytes,
-        max_tokens: int,
-        eos: tuple[int, ...],
-        sampler: jobs.SamplerSettings,
-        sink: Sink,
-        *,
-        principal: str = "",
-        priority: int = 0,
-        constraint: jobs.ConstraintSettings | None = None,
-        min_tokens: int = 0,
-        cache_salt: str = "",
-        scores_prompt: bool = False,
-    ) -> int:
-        """Start a sequence over int32 ``prompt`` and return its number; ``sink`` gets its output.
+    def run(self, asked: jobs.Generate | jobs.Embed, sink: Sink) -> int:
+        """Run a sequence under a number of this worker's, and return the number; ``sink`` gets its output.
 
         Raises DeviceWorkerNotReadyError, and OverloadedError if the worker does not read what it is sent.
         """
-        return self._start(
-            lambda number: jobs.Generate(
-                number,
-                model,
-                prompt,
-                max_tokens,
-                eos,
-                sampler,
-                principal,
-                priority,
-                constraint,
-                min_tokens,
-                cache_salt,
-                scores_prompt,
-            ),
-            sink,
-        )
-
-    def embed(
-        self,
-        model: str,
-        prompt: bytes,
-        pooling: jobs.Pooling,
-        sink: Sink,
-        *,
-        principal: str = "",
-        priority: int = 0,
-        cache_salt: str = "",
-    ) -> int:
-        """Start the embedding of int32 ``prompt`` and return its number. Raises as :meth:`generate`."""
-        return self._start(
-            lambda number: jobs.Embed(number, model, prompt, pooling, principal, priority, cache_salt), sink
-        )
-
-    def _start(self, make: Callable[[int], jobs.ToWorker], sink: Sink) -> int:
         if self.state is not WorkerState.READY:
             raise self._not_ready()
         sequence = self._work.next_number()
-        self._send(make(sequence))
+        self._send(msgspec.structs.replace(asked, sequence=sequence))
         self._work.open(sequence, sink)
         return sequence
 

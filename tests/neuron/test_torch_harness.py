@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import msgspec
 import pytest
 from local_texts import LocalTexts
 from tokenizers import pre_tokenizers
@@ -15,7 +16,8 @@ from cortex.wire.events import Finished, FinishReason, InferenceEvent
 from cortex.wire.node import ModelSpec, SamplingDefaults, WorkerState
 from cortex.wire.request import Ending, InferenceRequest, Sampling
 from neuron.config import PrefixSharing
-from neuron.device.jobs import LoadedModel, Memory, SequenceEnd, TokenRow
+from neuron.device.jobs import Generate, LoadedModel, Memory, SamplerSettings, SequenceEnd, TokenRow
+from neuron.device.outstanding import Sink
 from neuron.models.config import GenerationDefaults, read_config
 from neuron.torch_harness import TorchHarness
 from neuron.torch_model import NEVER, TorchModel, resolve_sampling
@@ -30,14 +32,11 @@ class Recorder:
     device_id = "cpu:0"
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Any, ...]] = []
-        self.salts: list[str] = []
+        self.asked: list[Generate] = []
         self.cancelled: list[int] = []
 
-    def generate(self, *asked: Any, **more: Any) -> int:
-        *rest, sink = asked
-        self.asked.append(tuple(rest))
-        self.salts.append(more["cache_salt"])
+    def run(self, asked: Generate, sink: Sink) -> int:
+        self.asked.append(asked)
         sink(TokenRow(len(self.asked), b"", SequenceEnd.LENGTH, 0))
         return len(self.asked)
 
@@ -155,7 +154,7 @@ def test_the_output_may_fill_the_context_and_a_larger_limit_is_no_error(
     model: TorchModel, worker: Recorder, asked: int | None, granted: int
 ) -> None:
     events = run(model, max_tokens=asked)
-    assert worker.asked[0][2] == granted
+    assert worker.asked[0].max_tokens == granted
     assert isinstance(events[-1], Finished)
     assert events[-1].reason is FinishReason.LENGTH
 
@@ -175,13 +174,13 @@ def test_every_end_of_the_models_list_ends_an_answer(model: TorchModel, worker: 
     run(model, ending=Ending(ignore_eos=True))
     run(model, ending=Ending(ignore_eos=True, stop_token_ids=(9, 8)))
     run(model, ending=Ending(stop_token_ids=(9, 2)))
-    assert [set(asked[3]) for asked in worker.asked] == [set(ENDS), set(), {8, 9}, {9, *ENDS}]
+    assert [set(asked.eos) for asked in worker.asked] == [set(ENDS), set(), {8, 9}, {9, *ENDS}]
 
 
 def test_sampling_defaults_are_the_models_generation_config(model: TorchModel, worker: Recorder) -> None:
     run(model)
     run(model, sampling=Sampling(temperature=0.0, top_k=-1, top_p=0.5, seed=7))
-    left_open, given = (asked[4] for asked in worker.asked)
+    left_open, given = (asked.sampler for asked in worker.asked)
     assert (left_open.temperature, left_open.top_k) == (0.6, 20)
     assert (left_open.top_p, left_open.min_p, left_open.repetition_penalty) == (1.0, 0.0, 1.0), "no house defaults"
     assert (given.temperature, given.top_k, given.top_p, given.seed) == (0.0, 0, 0.5, 7)
@@ -193,28 +192,28 @@ def test_prompts_of_a_principal_are_shared_with_no_other(
     asks = [{}, {"principal": "a"}, {"principal": "b"}, {"principal": "a", "cache_salt": "x"}, {"cache_salt": "x"}]
     for more in asks:
         run(model, num_choices=2, **more)
-    salts = worker.salts[::2]
-    assert worker.salts[1::2] == salts, "choices of a request share"
+    salts = [asked.cache_salt for asked in worker.asked]
+    assert salts[1::2] == salts[::2], "choices of a request share"
     assert len(set(salts)) == len(asks)
-    worker.salts.clear()
+    worker.asked.clear()
     monkeypatch.setattr(model, "_prefix_sharing", PrefixSharing.ALL)
     for more in asks:
         run(model, **more)
-    plain, a, b, a_salted, salted = worker.salts
+    plain, a, b, a_salted, salted = (asked.cache_salt for asked in worker.asked)
     assert plain == a == b
     assert a_salted == salted != plain
 
 
 def test_choices_differ_by_their_seeds_only(model: TorchModel, worker: Recorder) -> None:
     run(model, num_choices=3, sampling=Sampling(seed=40))
-    assert [asked[4].seed for asked in worker.asked] == [40, 41, 42]
-    assert len({asked[:4] for asked in worker.asked}) == 1
+    assert [asked.sampler.seed for asked in worker.asked] == [40, 41, 42]
+    assert len({msgspec.structs.replace(asked, sampler=SamplerSettings()) for asked in worker.asked}) == 1
 
 
 def test_a_bad_word_is_a_token_that_is_never_generated(model: TorchModel, worker: Recorder) -> None:
     run(model, sampling=Sampling(bad_words=("h",), logit_bias={3: 1.0}))
     token = 3 + sorted(pre_tokenizers.ByteLevel.alphabet()).index("h")
-    assert dict(worker.asked[0][4].logit_bias) == {3: 1.0, token: NEVER}
+    assert dict(worker.asked[0].sampler.logit_bias) == {3: 1.0, token: NEVER}
     with pytest.raises(ApiError, match="5 tokens") as caught:
         run(model, sampling=Sampling(bad_words=("hello",)))
     assert caught.value.param == "bad_words"

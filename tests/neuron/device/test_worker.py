@@ -24,7 +24,7 @@ from row_queue import RowQueue
 from cortex.wire.errors import ApiError, OverloadedError, RemoteError
 from cortex.wire.node import ModelSpec, WorkerHealth, WorkerState
 from neuron.device import worker as worker_module
-from neuron.device.jobs import LoadedModel, SamplerSettings, SequenceEnd, TokenRow
+from neuron.device.jobs import Generate, LoadedModel, SamplerSettings, SequenceEnd, TokenRow
 from neuron.device.process import reason_of
 from neuron.device.worker import RestartPolicy, Worker
 from neuron.errors import DeviceWorkerLostError, DeviceWorkerNotReadyError
@@ -99,7 +99,7 @@ def spec(source: str = "here") -> ModelSpec:
 
 
 def generate(worker: Worker, max_tokens: int, sink: Callable[[TokenRow | ApiError], None], model: str = "m") -> int:
-    return worker.generate(model, PROMPT.tobytes(), max_tokens, (), SamplerSettings(), sink)
+    return worker.run(Generate(0, model, PROMPT.tobytes(), max_tokens, (), SamplerSettings()), sink)
 
 
 def pid_of(worker: Worker) -> int:
@@ -271,9 +271,9 @@ def test_a_worker_that_does_not_read_is_not_buried(monkeypatch: pytest.MonkeyPat
         async with echo() as (worker, _):
             lost = asyncio.ensure_future(worker.load(spec(), "wedge"))
             await asyncio.sleep(0)
-            many = [bytes(100_000)] * 100
+            many = [Generate(0, "m", bytes(100_000), 1, (), SamplerSettings())] * 100
             with pytest.raises(OverloadedError, match="does not read"):
-                _ = [worker.generate("m", prompt, 1, (), SamplerSettings(), lambda item: None) for prompt in many]
+                _ = [worker.run(asked, lambda item: None) for asked in many]
             await worker.stop(0)
             with pytest.raises(DeviceWorkerLostError, match="was stopped"):
                 await lost
@@ -286,7 +286,7 @@ def test_a_long_prompt_goes_through_in_pieces() -> None:
         async with echo() as (worker, _):
             queue = RowQueue()
             prompt = array.array("i", range(1_000_000))
-            worker.generate("m", prompt.tobytes(), 2, (), SamplerSettings(), queue)
+            worker.run(Generate(0, "m", prompt.tobytes(), 2, (), SamplerSettings()), queue)
             assert (await collect(queue))[0] == [0, 1]
 
     run(main)

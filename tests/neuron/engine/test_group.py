@@ -21,7 +21,7 @@ from local_texts import LocalTexts
 
 from cortex.wire.errors import ApiError, UnprocessableError
 from cortex.wire.node import ModelSpec
-from neuron.device.jobs import GroupSettings, SamplerSettings, TokenRow
+from neuron.device.jobs import Generate, GroupSettings, SamplerSettings, TokenRow
 from neuron.device.worker import Worker
 from neuron.engine.errors import GroupLostError
 from neuron.engine.group import Cleared, Group, Planned, plan_of, rank_0_waits
@@ -244,9 +244,8 @@ async def generated(worker: Worker, model: str, prompts: tuple[list[int], ...], 
 
     for index, prompt in enumerate(prompts):
         ids = array.array("i", prompt).tobytes()
-        worker.generate(
-            model, ids, max_tokens, (), SamplerSettings(temperature=0.0), lambda item, i=index: sink(i, item)
-        )
+        asked = Generate(0, model, ids, max_tokens, (), SamplerSettings(temperature=0.0))
+        worker.run(asked, lambda item, i=index: sink(i, item))
     await asyncio.wait_for(asyncio.gather(*done), 60)
     return found
 
