@@ -8,21 +8,19 @@ assistant's message are dropped, as no model can read them; an unsupported block
 import base64
 import binascii
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
 from cortex.dialects import openai_fields as fields
 from cortex.dialects.answered_calls import OpenCalls
+from cortex.dialects.openai_fields import needed
 from cortex.wire.errors import (
     InvalidRequestError,
     InvalidTypeError,
-    MissingParameterError,
     ToolCallNotFoundError,
 )
 from cortex.wire.request import MediaPart, Message, Part, Role, TextPart, ToolCall
-
-T = TypeVar("T")
 
 BILLING_HEADER = "x-anthropic-billing-header:"
 """Start of Claude Code's system block about billing; it can change with every request, past any prefix cache."""
@@ -202,11 +200,10 @@ def _parts(block: Block, where: str) -> list[Part]:
 
 
 def _source(block: Block, where: str) -> Source:
-    if block.source is None:
-        raise _missing(where)
-    if isinstance(block.source, str):  # that of a search result
+    source: Source | str = needed(block.source, where)
+    if isinstance(source, str):  # that of a search result
         raise InvalidTypeError(f"Invalid value for '{where}': expected `object`, got `str`.", param=where)
-    return block.source
+    return source
 
 
 def _image(source: Source, where: str) -> Part:
@@ -244,17 +241,6 @@ def _document(block: Block, where: str) -> list[Part]:
     else:
         parts.append(MediaPart("document", f"{where}.source.type={source.media_type or source.type}"))
     return parts
-
-
-def needed(value: T | None, where: str) -> T:
-    """Return ``value``; raise :class:`MissingParameterError` if it is absent."""
-    if value is None:
-        raise _missing(where)
-    return value
-
-
-def _missing(where: str) -> MissingParameterError:
-    return MissingParameterError(f"Missing required parameter: '{where}'.", param=where)
 
 
 def _unknown_type(block: Block, where: str) -> InvalidTypeError:

@@ -149,7 +149,7 @@ def _tools(bodies: Sequence[_Tool]) -> tuple[tuple[Tool, ...], tuple[str, ...]]:
     hosted: list[str] = []
     for index, body in enumerate(bodies):
         if body.type in (None, "custom") or body.input_schema is not None:
-            name = blocks.needed(body.name, f"tools[{index}].name")
+            name = fields.needed(body.name, f"tools[{index}].name")
             tools.append(Tool(name, body.description or "", body.input_schema or {}, body.strict))
         elif (known := client_tool(body.type, body.name, msgspec.structs.asdict(body))) is not None:
             tools.append(known)
@@ -172,7 +172,7 @@ def _tool_choice(choice: _ToolChoice | None, tools: Sequence[Tool]) -> ToolChoic
         case "any":
             raise InvalidRequestError("Invalid 'tool_choice': it needs 'tools'.", param="tool_choice")
         case "tool":
-            name = blocks.needed(choice.name, "tool_choice.name")
+            name = fields.needed(choice.name, "tool_choice.name")
             if name not in {tool.name for tool in tools}:
                 raise InvalidRequestError(
                     f"Invalid 'tool_choice': there is no tool named '{name}'.", param="tool_choice"

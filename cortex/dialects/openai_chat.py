@@ -15,7 +15,7 @@ from cortex.dialects.generation import GenerationBody, ResponseFormat, output_fo
 from cortex.dialects.omitted_parts import readable
 from cortex.dialects.openai_chat_tools import ChoiceBody, ToolBody, chosen, offered
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
-from cortex.wire.errors import InvalidRequestError, MissingParameterError, ToolCallNotFoundError
+from cortex.wire.errors import InvalidRequestError, ToolCallNotFoundError
 from cortex.wire.request import (
     InferenceRequest,
     MediaPart,
@@ -275,9 +275,8 @@ def _message(body: _MessageBody, index: int) -> Message:
 def _call(body: _ToolCallBody, where: str) -> ToolCall:
     if body.custom is not None:
         return ToolCall(body.id, body.custom.name, msgspec.json.encode({"input": body.custom.input}).decode())
-    if body.function is None:
-        raise MissingParameterError(f"Missing required parameter: '{where}.function'.", param=f"{where}.function")
-    return ToolCall(body.id, body.function.name, _arguments(body.function.arguments))
+    function = fields.needed(body.function, f"{where}.function")
+    return ToolCall(body.id, function.name, _arguments(function.arguments))
 
 
 def _arguments(value: str | dict[str, Any] | None) -> str:

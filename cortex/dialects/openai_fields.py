@@ -19,7 +19,7 @@ from cortex.wire.errors import (
     TooManyItemsError,
     UnsupportedParameterError,
 )
-from cortex.wire.request import FormatKind, ImagePart, OutputFormat, Part, TextPart, Tool
+from cortex.wire.request import FormatKind, ImagePart, OutputFormat, Part, TextPart
 
 T = TypeVar("T")
 
@@ -123,6 +123,13 @@ def refuse(fields: Iterable[tuple[str, bool]]) -> None:
             raise UnsupportedParameterError(f"Unsupported parameter: '{name}' is not supported here.", param=name)
 
 
+def needed(value: T | None, where: str) -> T:
+    """Return ``value``; raise :class:`MissingParameterError` if it is absent."""
+    if value is None:
+        raise MissingParameterError(f"Missing required parameter: '{where}'.", param=where)
+    return value
+
+
 def first_given(*given: tuple[str, int | None]) -> tuple[str, int | None]:
     """Return the first of some equivalent fields that is set, with its name."""
     return next((one for one in given if one[1] is not None), given[0])
@@ -171,19 +178,6 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class FunctionBody(msgspec.Struct):
-    """A function in the form of both dialects."""
-
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    def tool(self) -> Tool:
-        """Return the function as a ``Tool``."""
-        return Tool(self.name, self.description or "", self.parameters or {}, self.strict)
-
-
 def output_format(
     kind: str, schema: dict[str, Any] | None, name: str | None, param: str, *, strict: bool | None = None
 ) -> OutputFormat:
@@ -194,9 +188,8 @@ def output_format(
         case "json_object" if schema is None:
             return OutputFormat(FormatKind.JSON_OBJECT)
         case "json_object" | "json_schema":  # llama.cpp and others have a schema with either
-            if schema is None:
-                raise MissingParameterError(f"Missing required parameter: '{param}.schema'.", param=f"{param}.schema")
-            return OutputFormat(FormatKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), name or "", strict)
+            source = msgspec.json.encode(needed(schema, f"{param}.schema")).decode()
+            return OutputFormat(FormatKind.JSON_SCHEMA, source, name or "", strict)
     raise InvalidRequestError(f"Invalid '{param}.type': '{kind}' is not known.", param=f"{param}.type")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from cortex.dialects import openai_fields as fields
-from cortex.wire.errors import InvalidRequestError, MissingParameterError
+from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import Tool, ToolChoice, ToolMode
 
 INPUT_SCHEMA: dict[str, Any] = {
@@ -20,6 +20,9 @@ INPUT_SCHEMA: dict[str, Any] = {
     "required": ["input"],
     "additionalProperties": False,
 }
+
+CALLABLE = ("function", "custom")
+"""Types of tools that the client runs."""
 
 # Members that a function tool of a response always has.
 _FUNCTION_DEFAULTS = {
@@ -96,14 +99,17 @@ def offered(bodies: Sequence[ToolBody]) -> OfferedTools:
     tools: dict[str, Tool] = {}
     custom: set[str] = set()
     namespaces: dict[str, tuple[str, str]] = {}
+    hosted: list[str] = []
     for namespace, body, where in _flatten(bodies):
-        if body.name is None:
-            raise MissingParameterError(f"Missing required parameter: '{where}.name'.", param=f"{where}.name")
-        name = flat_name(namespace, body.name) if namespace else body.name
+        if body.type not in CALLABLE:
+            hosted.append(f"{where}.type={body.type}")
+            continue
+        own_name = fields.needed(body.name, f"{where}.name")
+        name = flat_name(namespace, own_name) if namespace else own_name
         if name in tools:
             continue
         if namespace:
-            namespaces[name] = (namespace, body.name)
+            namespaces[name] = (namespace, own_name)
         if body.type == "custom":
             custom.add(name)
             tools[name] = Tool(name, _custom_description(body), INPUT_SCHEMA)
@@ -113,43 +119,26 @@ def offered(bodies: Sequence[ToolBody]) -> OfferedTools:
     for flat, (_, own_name) in namespaces.items():
         if own_name not in tools:
             flat_names.setdefault(own_name, flat)
-    return OfferedTools(tuple(tools.values()), frozenset(custom), namespaces, flat_names, tuple(_hosted(bodies)))
-
-
-def _hosted(bodies: Sequence[ToolBody]) -> Iterator[str]:
-    """Yield the places of hosted tools."""
-    for index, body in enumerate(bodies):
-        if body.type == "namespace":
-            for number, inner in enumerate(body.tools or ()):
-                if inner.type not in ("function", "custom"):
-                    yield f"tools[{index}].tools[{number}].type={inner.type}"
-        elif body.type not in ("function", "custom"):
-            yield f"tools[{index}].type={body.type}"
+    return OfferedTools(tuple(tools.values()), frozenset(custom), namespaces, flat_names, tuple(hosted))
 
 
 def _flatten(bodies: Sequence[ToolBody]) -> Iterator[tuple[str, ToolBody, str]]:
-    """Yield each tool that can be called with its namespace and its place in the body."""
+    """Yield each tool with its namespace and its place in the body."""
     for index, body in enumerate(bodies):
-        if body.type == "namespace":
-            for number, inner in enumerate(body.tools or ()):
-                if inner.type in ("function", "custom"):
-                    yield body.name or "", inner, f"tools[{index}].tools[{number}]"
-        elif body.type in ("function", "custom"):
-            yield "", body, f"tools[{index}]"
+        where = f"tools[{index}]"
+        if body.type == "namespace" and body.tools is not None:
+            for number, inner in enumerate(body.tools):
+                yield body.name or "", inner, f"{where}.tools[{number}]"
+        else:
+            yield "", body, where
 
 
 def _custom_description(body: ToolBody) -> str:
-    """Return the function for a custom tool; a grammar is described, not enforced."""
-    if body.format is None:
-        return body.description or ""
-    return custom_description(body.description, body.format.syntax, body.format.definition)
-
-
-def custom_description(description: str | None, syntax: str | None, definition: str | None) -> str:
-    """Return the description of a custom tool for the model, with the definition of its grammar."""
-    if not definition:
-        return description or ""
-    return f"{description or ''}\n\nThe input must match this {syntax or 'given'} grammar:\n{definition}".lstrip()
+    """Return the description of a custom tool for the model; a grammar is described, not enforced."""
+    description, form = body.description or "", body.format
+    if form is None or not form.definition:
+        return description
+    return f"{description}\n\nThe input must match this {form.syntax or 'given'} grammar:\n{form.definition}".lstrip()
 
 
 def chosen(
@@ -167,14 +156,14 @@ def chosen(
         case "none":
             return ToolChoice(ToolMode.NONE, parallel=parallel), tools.tools
         case "required":
-            return required(tools.tools, parallel), tools.tools
+            return _required(tools.tools, parallel), tools.tools
         case ChoiceBody(type="allowed_tools"):
             allowed = {tools.known_as(tool.name or "") for tool in choice.tools or ()}
             left = tuple(tool for tool in tools.tools if tool.name in allowed)
             if choice.mode == "required":
-                return required(left, parallel), left
+                return _required(left, parallel), left
             return ToolChoice(ToolMode.AUTO, parallel=parallel), left
-    fields.refuse([(f"tool_choice.type={choice.type}", choice.type not in ("function", "custom"))])
+    fields.refuse([(f"tool_choice.type={choice.type}", choice.type not in CALLABLE)])
     name = tools.known_as(choice.name or "")
     if all(tool.name != name for tool in tools.tools):
         raise InvalidRequestError(
@@ -183,7 +172,7 @@ def chosen(
     return ToolChoice(ToolMode.NAMED, name, parallel), tools.tools
 
 
-def required(tools: Sequence[Tool], parallel: bool) -> ToolChoice:
+def _required(tools: Sequence[Tool], parallel: bool) -> ToolChoice:
     """Return the choice that forces a tool. Raises :class:`InvalidRequestError` if the tool is absent."""
     if not tools:
         raise InvalidRequestError("Invalid 'tool_choice': it needs 'tools'.", param="tool_choice")
