@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cortex import __version__, logs, operate, systemd
+from cortex import __version__, gateway_client, logs, operate, systemd
 from cortex.build_identity import COMMIT
 from cortex.settings import ConfigError, split_address
 
 if TYPE_CHECKING:
     from cortex.config import Config
 
+EXIT_UNREACHABLE = 1
 EXIT_CONFIG = 2
 MAX_PENDING_CONNECTIONS = 4096
 """Concurrent connections of a worker; a stream occupies one."""
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return run(options)
     except ConfigError as error:
         return _fail(str(error), EXIT_CONFIG)
-    except operate.GatewayError as error:
-        return _fail(str(error), operate.EXIT_UNREACHABLE)
+    except gateway_client.GatewayError as error:
+        return _fail(str(error), EXIT_UNREACHABLE)
     except KeyboardInterrupt:
         return 0
 

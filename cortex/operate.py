@@ -6,51 +6,32 @@ Each is one request to ``/admin``, printed as tables of at most 80 columns, or a
 
 import argparse
 import contextlib
-import http.client
 import json
 import math
-import os
-import pathlib
-import socket
-import ssl
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 import orjson
 
-from cortex import config, report
-from cortex.access import keys, local
-from cortex.settings import ConfigError, read_secret, split_address, url_of
+from cortex import gateway_client, report
+from cortex.access import keys
+from cortex.gateway_client import LOOK_TIMEOUT_S, GatewayError, ask
+from cortex.settings import ConfigError
 
-EXIT_UNREACHABLE = 1
-EXIT_CONFIG = 2
-LOOK_TIMEOUT_S = 10.0
-ACT_TIMEOUT_S = 3600.0
-"""Timeout of an action: a load may have to download its weights first."""
 MIN_INTERVAL_S = 0.1
 LOOK_AT_LOAD_S = 1.0
 """Interval between two requests for the progress of a load."""
-KEY_VARIABLE = "CORTEX_KEY"
 MAX_SECONDS = 7 * 24 * 3600.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
-
-
-class GatewayError(Exception):
-    """The gateway cannot be reached, or refuses."""
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands to a parser, each with its function as ``run``."""
     where = argparse.ArgumentParser(add_help=False)
-    address = where.add_mutually_exclusive_group()
-    address.add_argument("--url", help="the gateway's address, e.g. http://127.0.0.1:31313")
-    address.add_argument("--config", metavar="FILE", help="take the address from a cortex.toml")
-    where.add_argument("--key-file", metavar="FILE", help=f"an administrator's key (default: ${KEY_VARIABLE})")
-    where.add_argument("--ca-file", metavar="FILE", help="CA certificates for an https gateway")
+    gateway_client.add_options(where)
     where.add_argument("--json", action="store_true", help="print the gateway's response")
 
     def add(name: str, help_text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
@@ -109,7 +90,7 @@ def _interval(text: str) -> float:
 
 def _status(options: argparse.Namespace) -> int:
     while True:
-        answer = _ask(options, "GET", "/admin/fleet")
+        answer = ask(options, "GET", "/admin/fleet")
         if options.watch is not None:
             sys.stdout.write(CLEAR_SCREEN)
         _show(options, answer, "nodes", report.print_fleet)
@@ -120,7 +101,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
-    return _show(options, _ask(options, "GET", "/admin/models"), "data", report.print_models)
+    return _show(options, ask(options, "GET", "/admin/models"), "data", report.print_models)
 
 
 def _load(options: argparse.Namespace) -> int:
@@ -128,7 +109,7 @@ def _load(options: argparse.Namespace) -> int:
     watcher = _LoadWatcher(options)
     watcher.start()
     try:
-        answer = _ask(options, "POST", "/admin/models/load", body)
+        answer = ask(options, "POST", "/admin/models/load", body)
     finally:
         watcher.stop()
     return _show(options, answer, "nodes", report.print_act)
@@ -148,7 +129,7 @@ class _LoadWatcher(threading.Thread):
         self._print(f"loading {self._options.model}")
         while not self._ended.wait(LOOK_AT_LOAD_S):
             with contextlib.suppress(GatewayError, ConfigError, ValueError, KeyError, TypeError):
-                self._look(orjson.loads(_ask(self._options, "GET", "/admin/fleet")))
+                self._look(orjson.loads(ask(self._options, "GET", "/admin/fleet")))
 
     def stop(self) -> None:
         """End the thread."""
@@ -170,33 +151,33 @@ class _LoadWatcher(threading.Thread):
 
 def _unload(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node, "drain_timeout_s": options.drain_timeout}
-    return _show(options, _ask(options, "POST", "/admin/models/unload", body), "nodes", report.print_act)
+    return _show(options, ask(options, "POST", "/admin/models/unload", body), "nodes", report.print_act)
 
 
 def _forget(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node}
-    answer = _ask(options, "POST", "/admin/models/forget", body)
+    answer = ask(options, "POST", "/admin/models/forget", body)
     return _show(options, answer, "nodes", lambda acted: report.print_forgotten(options.model, acted))
 
 
 def _pin(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node, "pinned": not options.off}
-    return _show(options, _ask(options, "POST", "/admin/models/pin", body), "nodes", report.print_act)
+    return _show(options, ask(options, "POST", "/admin/models/pin", body), "nodes", report.print_act)
 
 
 def _drain(options: argparse.Namespace) -> int:
     body = {"node": options.node, "draining": not options.off}
-    answer = _ask(options, "POST", "/admin/nodes/drain", body)
+    answer = ask(options, "POST", "/admin/nodes/drain", body)
     return _show(options, answer, "state", lambda health: report.print_line(f"{options.node}: {health['state']}"))
 
 
 def _reload(options: argparse.Namespace) -> int:
-    return _show(options, _ask(options, "POST", "/admin/reload", {}), "nodes", report.print_fleet)
+    return _show(options, ask(options, "POST", "/admin/reload", {}), "nodes", report.print_fleet)
 
 
 def _keys(options: argparse.Namespace) -> int:
     if options.new is None:
-        return _show(options, _ask(options, "GET", "/admin/keys"), "keys", report.print_keys)
+        return _show(options, ask(options, "GET", "/admin/keys"), "keys", report.print_keys)
     try:
         keys.check_name(options.new)
     except ValueError as error:
@@ -227,94 +208,11 @@ def _show(options: argparse.Namespace, answer: bytes, member: str, show: Callabl
     return 0
 
 
-def _split(url: str) -> SplitResult:
-    """Return the parts of a gateway's URL. Raises :class:`ConfigError` if it is invalid."""
-    try:
-        parts = urlsplit(url)
-        is_one = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_one = False
-    if not is_one:
-        raise ConfigError("--url", "", f"{url!r} is not the address of a gateway")
-    return parts
-
-
-def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-    """Return a running gateway's response.
-
-    Raises:
-        GatewayError: there is none, or it is an error.
-        ConfigError: the URL or a file is wrong.
-    """
-    url = options.url or _address(options.config)
-    parts = _split(url)
-    host = parts.hostname or ""
-    key = read_secret(options.key_file or "", "--key-file", "").decode() or os.environ.get(KEY_VARIABLE, "")
-    if not key and path.startswith("/admin/"):
-        key = _local_token(url, is_given=bool(options.url))
-    if not key.isascii() or not key.isprintable():
-        raise ConfigError(f"${KEY_VARIABLE}", "", "this is no key: a header cannot carry it")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    try:
-        data = None if body is None else orjson.dumps(body)
-    except TypeError:  # an argument may be no valid text
-        raise ConfigError(path, "", "a name on the command line is not valid UTF-8") from None
-    timeout_s = LOOK_TIMEOUT_S if method == "GET" else ACT_TIMEOUT_S
-    connection: http.client.HTTPConnection
-    try:
-        if parts.scheme == "https":
-            tls = ssl.create_default_context(cafile=options.ca_file)
-            connection = http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=tls)
-        else:
-            connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
-        try:
-            connection.request(method, parts.path.rstrip("/") + path, data, headers)
-            response = connection.getresponse()
-            answer = response.read()
-        finally:
-            connection.close()
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise GatewayError(f"no gateway answers at {url}: {report.plain(str(error))}") from None
-    if response.status != 200:
-        message = _message(answer) or "no reason given"
-        raise GatewayError(f"the gateway refuses: {message} (status {response.status} of {url}{path})")
-    return answer
-
-
-def _local_token(url: str, *, is_given: bool) -> str:
-    """Return the administrator's token of a gateway on this host; empty for a URL of another host."""
-    parts = _split(url)
-    host = (parts.hostname or "").lower()
-    is_here = host in {"localhost", "::1", socket.gethostname().lower()} or host.startswith("127.")
-    if is_given and not is_here:
-        return ""
-    return local.find(parts.port or (443 if parts.scheme == "https" else 80), os.environ)
-
-
 def _dashboard(options: argparse.Namespace) -> int:
-    url = options.url or _address(options.config)
-    token = _local_token(url, is_given=bool(options.url))
-    url = url.rstrip("/")
+    token = gateway_client.local_token(options)
+    url = gateway_client.url_of_gateway(options).rstrip("/")
     if not token:
         reason = "no token of a running gateway is here to read (run this as its user, or as root)"
         raise GatewayError(f"{reason}: open {url}/ and sign in with an administrator's key")
     sys.stdout.write(f"{url}/#key={token}\n")
     return 0
-
-
-def _message(answer: bytes) -> str:
-    try:
-        return report.plain(str(orjson.loads(answer)["error"]["message"]))
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return report.plain(answer.decode(errors="replace")[:200])
-
-
-def _address(path: str | None) -> str:
-    """Return the URL of the configured gateway for a client on this host."""
-    try:
-        gateway = config.load(pathlib.Path(path) if path is not None else config.find(os.environ)).gateway
-    except ConfigError:
-        if path is not None:
-            raise
-        gateway = config.GatewaySettings()
-    return url_of("https" if gateway.tls_certificate else "http", *split_address(gateway.listen))

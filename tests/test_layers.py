@@ -39,11 +39,11 @@ neuron.harness neuron.layers neuron.text.matcher
 cortex.asgi_io cortex.config cortex.dialects cortex.event_stream cortex.send_window neuron.batch
 neuron.engine_settings neuron.metrics
 
-cortex._fast.record cortex.operate cortex.store cortex.upstream neuron.api_description neuron.call_headers
+cortex._fast.record cortex.gateway_client cortex.store cortex.upstream neuron.api_description neuron.call_headers
 neuron.config neuron.models
 
 cortex._fast.stream_forwarder cortex.background cortex.conversation_endpoints cortex.fleet cortex.metrics
-cortex.preflight cortex.responses_socket neuron.load neuron.text.tekken
+cortex.operate cortex.preflight cortex.responses_socket neuron.load neuron.text.tekken
 
 cortex.admin cortex.endpoints cortex.reload cortex.request_log cortex.stored_endpoints cortex.stream_forwarding
 neuron.text.tokenizer

@@ -1,0 +1,147 @@
+"""Requests of the commands to a running gateway.
+
+``--url`` or a ``cortex.toml`` has its address; the key is ``--key-file``'s, ``CORTEX_KEY``'s or, for ``/admin`` on this
+host, the gateway's own token. Nothing is printed here.
+"""
+
+import argparse
+import http.client
+import os
+import pathlib
+import socket
+import ssl
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import orjson
+
+from cortex import config, report
+from cortex.access import local
+from cortex.settings import ConfigError, read_secret, split_address, url_of
+
+LOOK_TIMEOUT_S = 10.0
+ACT_TIMEOUT_S = 3600.0
+"""Timeout of an action: a load may have to download its weights first."""
+KEY_VARIABLE = "CORTEX_KEY"
+
+
+class GatewayError(Exception):
+    """The gateway cannot be reached (``status`` 0), or refuses with an HTTP status."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where the gateway is."""
+    address = parser.add_mutually_exclusive_group()
+    address.add_argument("--url", help="the gateway's address, e.g. http://127.0.0.1:31313")
+    address.add_argument("--config", metavar="FILE", help="take the address from a cortex.toml")
+    parser.add_argument("--key-file", metavar="FILE", help=f"a file with the key (default: ${KEY_VARIABLE})")
+    parser.add_argument("--ca-file", metavar="FILE", help="CA certificates for an https gateway")
+
+
+def ask(
+    options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None, *, key: str | None = None
+) -> bytes:
+    """Return a running gateway's response. Without ``key``, the key of :func:`key_of` is sent.
+
+    Raises:
+        GatewayError: there is none, or it is an error.
+        ConfigError: the URL, the key or a file is wrong.
+    """
+    url = url_of_gateway(options)
+    parts = _split(url)
+    host = parts.hostname or ""
+    key = key_of(options) if key is None else key
+    if not key and path.startswith("/admin/"):
+        key = local_token(options)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        data = None if body is None else orjson.dumps(body)
+    except TypeError:  # an argument may be no valid text
+        raise ConfigError(path, "", "a name on the command line is not valid UTF-8") from None
+    timeout_s = LOOK_TIMEOUT_S if method == "GET" else ACT_TIMEOUT_S
+    connection: http.client.HTTPConnection
+    try:
+        if parts.scheme == "https":
+            tls = ssl.create_default_context(cafile=options.ca_file)
+            connection = http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=tls)
+        else:
+            connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
+        try:
+            connection.request(method, parts.path.rstrip("/") + path, data, headers)
+            response = connection.getresponse()
+            answer = response.read()
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = report.plain(str(error))
+        raise GatewayError(
+            f"no gateway answers at {url}: {reason}; `cortex serve` starts one, --url names another"
+        ) from None
+    if response.status != 200:
+        message = _message(answer) or "no reason given"
+        status = response.status
+        raise GatewayError(f"the gateway refuses: {message} (status {status} of {url}{path})", status)
+    return answer
+
+
+def url_of_gateway(options: argparse.Namespace) -> str:
+    """Return the URL of the gateway that the options name, or else of the one that is configured on this host.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+    if options.url:
+        return str(options.url)
+    try:
+        path = pathlib.Path(options.config) if options.config is not None else config.find(os.environ)
+        gateway = config.load(path).gateway
+    except ConfigError:
+        if options.config is not None:
+            raise
+        gateway = config.GatewaySettings()
+    return url_of("https" if gateway.tls_certificate else "http", *split_address(gateway.listen))
+
+
+def key_of(options: argparse.Namespace) -> str:
+    """Return the key in the file that the options name, or else the environment's; empty if there is none.
+
+    Raises:
+        ConfigError: the file cannot be read, or a header cannot carry its content.
+    """
+    key = read_secret(options.key_file or "", "--key-file", "").decode() or os.environ.get(KEY_VARIABLE, "")
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(f"${KEY_VARIABLE}", "", "this is no key: a header cannot carry it")
+    return key
+
+
+def local_token(options: argparse.Namespace) -> str:
+    """Return the administrator's token of a gateway on this host; empty for a URL of another host."""
+    parts = _split(url_of_gateway(options))
+    host = (parts.hostname or "").lower()
+    is_here = host in {"localhost", "::1", socket.gethostname().lower()} or host.startswith("127.")
+    if options.url and not is_here:
+        return ""
+    return local.find(parts.port or (443 if parts.scheme == "https" else 80), os.environ)
+
+
+def _split(url: str) -> SplitResult:
+    """Return the parts of a gateway's URL. Raises :class:`ConfigError` if it is invalid."""
+    try:
+        parts = urlsplit(url)
+        is_one = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise ConfigError("--url", "", f"{url!r} is not the address of a gateway")
+    return parts
+
+
+def _message(answer: bytes) -> str:
+    try:
+        return report.plain(str(orjson.loads(answer)["error"]["message"]))
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return report.plain(answer.decode(errors="replace")[:200])
