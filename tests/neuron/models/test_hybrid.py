@@ -6,13 +6,12 @@ import json
 import pathlib
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
+from hybrid_gguf import write_gguf
 from hybrid_models import CONFIG, make_model
-from safetensors.torch import load_file
 
 from cortex.wire.errors import ApiError
 from neuron.layers.cache import SequenceState
@@ -88,99 +87,6 @@ def test_bfloat16_keeps_decays_and_states_in_float32(case: Any, harness: Any) ->
         driver.generate(number, prompt, 4)
     driver.run()
     assert not driver.failures()
-
-
-def write_gguf(folder: pathlib.Path, path: pathlib.Path) -> None:
-    """Write a model as llama.cpp's converter does: names, norms, decays, and the order of value heads."""
-    values = json.loads((folder / "config.json").read_text())
-    name = {"qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "qwen3_next": "qwen3next"}[values["model_type"]]
-    key_heads, heads = values["linear_num_key_heads"], values["linear_num_value_heads"]
-    key_dim, value_dim = values["linear_key_head_dim"], values["linear_value_head_dim"]
-    writer, drafting = gguf.GGUFWriter(path, name), 1
-    writer.add_block_count(values["num_hidden_layers"] + drafting)
-    writer.add_nextn_predict_layers(drafting)
-    writer.add_context_length(values["max_position_embeddings"])
-    writer.add_embedding_length(values["hidden_size"])
-    writer.add_feed_forward_length(values.get("intermediate_size", 0))
-    writer.add_head_count(values["num_attention_heads"])
-    writer.add_head_count_kv(values["num_key_value_heads"])
-    writer.add_key_length(values["head_dim"])
-    writer.add_value_length(values["head_dim"])
-    writer.add_layer_norm_rms_eps(values["rms_norm_eps"])
-    writer.add_rope_freq_base(values["rope_parameters"]["rope_theta"])
-    writer.add_rope_dimension_count(values["head_dim"] // 4)
-    writer.add_ssm_conv_kernel(values["linear_conv_kernel_dim"])
-    writer.add_ssm_state_size(key_dim)
-    writer.add_ssm_group_count(key_heads)
-    writer.add_ssm_time_step_rank(heads)
-    writer.add_ssm_inner_size(heads * value_dim)
-    if "num_experts" in values:
-        writer.add_expert_count(values["num_experts"])
-        writer.add_expert_weights_norm(values.get("norm_topk_prob", True))
-        writer.add_expert_used_count(values["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(values["moe_intermediate_size"])
-        writer.add_expert_shared_feed_forward_length(values["shared_expert_intermediate_size"])
-    tiles = name != "qwen3next"
-    names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
-        "linear_attn.in_proj_qkv": "attn_qkv", "linear_attn.in_proj_z": "attn_gate",
-        "linear_attn.in_proj_a": "ssm_alpha",
-        "linear_attn.in_proj_b": "ssm_beta", "linear_attn.in_proj_ba": "ssm_ba", "linear_attn.conv1d": "ssm_conv1d",
-        "linear_attn.norm": "ssm_norm", "linear_attn.out_proj": "ssm_out", "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
-        "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
-        "mlp.shared_expert.down_proj": "ffn_down_shexp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-    }  # fmt: skip
-    order = np.arange(heads)
-    order = (order % key_heads) * (heads // key_heads) + order // key_heads
-    place = np.arange(heads * value_dim).reshape(heads, value_dim)[order].ravel()
-    behind = np.concatenate((np.arange(2 * key_heads * key_dim), 2 * key_heads * key_dim + place))
-    orders = {"in_proj_qkv": behind, "conv1d": behind, "in_proj_z": place}
-    orders |= dict.fromkeys(("in_proj_a", "in_proj_b", "A_log", "dt_bias"), order)
-    experts: dict[str, dict[int, np.ndarray[Any, Any]]] = {}
-    for tensor_name, tensor in load_file(folder / "model.safetensors").items():
-        array = tensor.float().numpy().squeeze()
-        block, _, stem = tensor_name.removeprefix("model.layers.").partition(".")
-        stem = stem.removesuffix(".weight")
-        last = stem.removeprefix("linear_attn.")
-        if not tensor_name.startswith("model.layers."):
-            whole = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}
-            writer.add_tensor(whole.get(tensor_name, "output") + ".weight", array + ("norm" in tensor_name))
-            continue
-        if stem.endswith("norm") and stem != "linear_attn.norm":
-            array = array + 1
-        if tiles and last in orders:
-            array = array[orders[last]]
-        if tiles and last == "out_proj":
-            array = array[:, place]
-        match stem.split("."):
-            case ["mlp", "experts", number, which]:
-                own = f"blk.{block}.ffn_{which.removesuffix('_proj')}_exps.weight"
-                experts.setdefault(own, {})[int(number)] = array
-            case ["linear_attn", "A_log"]:
-                writer.add_tensor(f"blk.{block}.ssm_a", -np.exp(array))
-            case ["linear_attn", "dt_bias"]:
-                writer.add_tensor(f"blk.{block}.ssm_dt.bias", array)
-            case ["linear_attn", "in_proj_qkvz"]:
-                parts = array.reshape(key_heads, -1, array.shape[1])
-                group = heads // key_heads * value_dim
-                q, k, v, z = np.split(parts, np.cumsum([key_dim, key_dim, group]), axis=1)
-                joined = np.concatenate([part.reshape(-1, array.shape[1]) for part in (q, k, v)])
-                writer.add_tensor(f"blk.{block}.attn_qkv.weight", joined)
-                writer.add_tensor(f"blk.{block}.attn_gate.weight", z.reshape(-1, array.shape[1]))
-            case [*_, "bias"]:
-                writer.add_tensor(f"blk.{block}.{names[stem.removesuffix('.bias')]}.bias", array)
-            case _:
-                writer.add_tensor(f"blk.{block}.{names[stem]}.weight", array)
-    for own, parts_of in experts.items():
-        writer.add_tensor(own, np.stack([parts_of[number] for number in range(len(parts_of))]))
-    writer.add_tensor(f"blk.{values['num_hidden_layers']}.nextn.eh_proj.weight", np.zeros((2, 2), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf_has_the_logits_of_safetensors(case: Any, harness: Any, tmp_path: pathlib.Path) -> None:
