@@ -99,11 +99,13 @@ class Harness(Protocol):
             ApiError: they cannot be read, or the neuron has no device that the spec allows.
         """
 
-    async def fit(self, spec: ModelSpec) -> Fit:
-        """Return the weights of the repository of ``spec`` that fit the memory that is free now best.
+    async def fit(self, spec: ModelSpec, evictable_bytes: Mapping[str, int]) -> Fit:
+        """Return the weights of the source of ``spec`` that fit best: a repository's, or those at a path.
+
+        ``evictable_bytes`` is the memory of each device that evictions would free beside what is free now.
 
         Raises:
-            ApiError: the source is no repository, or cannot be read.
+            ApiError: the source cannot be read, or is a wheel, which has nothing to choose.
         """
 
     async def free_bytes(self, devices: Collection[str]) -> Mapping[str, int]:

@@ -147,8 +147,8 @@ class Service:
         return await self.models.load(asked.spec(), self._harness_of(asked), retention, asked.evict)
 
     async def fit(self, spec: ModelSpec) -> Fit:
-        """Return the weights of a repository that fit this node best; see :meth:`Harness.fit`."""
-        return await self._harness_of(spec).fit(spec)
+        """Return the weights of a source that fit this node best; see :meth:`Harness.fit`."""
+        return await self._harness_of(spec).fit(spec, self._evictor.evictable_bytes())
 
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
         """Unload a model; see :meth:`ModelTable.unload`."""

@@ -6,10 +6,12 @@ processes import it.
 
 import asyncio
 import dataclasses
+import functools
 import os
 import pathlib
 import socket
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -21,9 +23,11 @@ from neuron.device.worker import Worker
 from neuron.errors import InvalidSourceError, NoDeviceError
 from neuron.harness import Model, Progress, Requirement
 from neuron.layers.shard import Shard
+from neuron.load.fit import fit
 from neuron.load.hub import HubSource, hub_of
-from neuron.load.source import parse
-from neuron.load.survey import survey
+from neuron.load.source import LocalSource, fetch, parse
+from neuron.load.survey import candidate_at, survey
+from neuron.load.wheel import WheelSource
 from neuron.models.config import read_config
 from neuron.models.model import ModelConfig
 from neuron.models.sizing import least_bytes, plan_memory
@@ -82,14 +86,28 @@ class TorchHarness:
         }
         return Requirement(least, size)
 
-    async def fit(self, spec: ModelSpec) -> Fit:
-        """Return the weights that fit the free memory of the devices that the spec allows best."""
+    async def fit(self, spec: ModelSpec, evictable_bytes: Mapping[str, int]) -> Fit:
+        """Return the weights that fit the memory of the devices that the spec allows best."""
         source = parse(spec.source)
-        if not isinstance(source, HubSource):
-            raise InvalidSourceError(f"'{spec.source}' is no repository: there is nothing to choose.", param="source")
         free_bytes = await self.free_bytes([worker.device_id for worker in self._candidates(spec)])
-        hub = hub_of(os.environ)
-        return await asyncio.to_thread(survey, hub, source, free_bytes, spec, cpu_kernels=self._cpu_kernels)
+        settle = functools.partial(
+            self._settle, source, free_bytes, spec, evictable_bytes=evictable_bytes, cpu_kernels=self._cpu_kernels
+        )
+        return await asyncio.to_thread(settle)
+
+    @staticmethod
+    def _settle(
+        source: LocalSource | HubSource | WheelSource, free_bytes: Mapping[str, int], spec: ModelSpec, **settings: Any
+    ) -> Fit:
+        match source:
+            case HubSource():
+                return survey(hub_of(os.environ), source, free_bytes, spec, **settings)
+            case LocalSource():
+                return fit([candidate_at(fetch(spec.source))], free_bytes, spec, **settings)
+            case WheelSource():
+                raise InvalidSourceError(
+                    f"'{spec.source}' has nothing to choose, and is measured once it is downloaded.", param="source"
+                )
 
     async def free_bytes(self, devices: Collection[str]) -> dict[str, int]:
         """Return the free bytes of ``devices`` whose workers are ready for loads."""

@@ -6,9 +6,12 @@ those of what it says of itself, which is another machine to who reads it.
 """
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
+
+WANTED_TOKENS: Final = 8192
+"""Context that is worth smaller weights or an eviction, where none is asked for."""
 
 ModelId = Annotated[str, msgspec.Meta(pattern=r"^(?!.*/\.{0,2}(/|\Z))[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}\Z")]
 """Name of a model: at most 128 of these characters, and as a path it leads nowhere else."""
@@ -283,6 +286,26 @@ class ChosenWeights(msgspec.Struct, frozen=True):
     """Longest context that the devices then hold."""
     required_bytes: Amount
     """Bytes on each device, with the cache for that context."""
+    held_bytes: Amount = 0
+    """Bytes of the model that they hold: those of the file, at most what its weights take in bfloat16."""
+    evicts: bool = False
+    """Whether idle models must be evicted for it."""
+
+    def rank(self, wanted_tokens: int) -> tuple[int, ...]:
+        """Return a sort key, higher for better weights: on a GPU, of as much context as is wanted, of most bytes held.
+
+        Then: without an eviction, of the smallest file, on fewest devices, of the longest context. ``wanted_tokens`` of
+        0 wants :data:`WANTED_TOKENS`.
+        """
+        return (
+            any(device.startswith("cuda") for device in self.devices),
+            min(self.context_tokens, wanted_tokens or WANTED_TOKENS),
+            self.held_bytes,
+            not self.evicts,
+            -self.size_bytes,
+            -len(self.devices),
+            self.context_tokens,
+        )
 
 
 class PassedOver(msgspec.Struct, frozen=True):

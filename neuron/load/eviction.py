@@ -77,6 +77,16 @@ class Evictor:
             self._loading_on.difference_update(devices)
             self._table.note_change()
 
+    def evictable_bytes(self) -> dict[str, int]:
+        """Return what the idle models hold of each device that a load of priority 0 may evict."""
+        found: dict[str, int] = {}
+        for entry in self._loaded():
+            resident = _resident(entry)
+            if not entry.running and not resident.pinned and resident.priority <= 0:
+                for device, size_bytes in resident.bytes_on.items():
+                    found[device] = found.get(device, 0) + size_bytes
+        return found
+
     async def tidy(self, idle_s: float) -> None:
         """Replace the workers that are due for it and whose models have been idle for ``idle_s``."""
         for device in [device for device in self._table.unloads if self._is_due(device)]:

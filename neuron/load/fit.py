@@ -3,7 +3,8 @@
 Pure, with the memory plan of the load itself. Chosen is what gives the longest context up to the one wanted, and of
 these what holds most of the model: the bytes of its file, but never more than its weights have in bfloat16, so that a
 file of float32 is no better than one of half its size. So more memory never means less context, nor a smaller file.
-A GPU is taken before the CPU, and few devices before many.
+A GPU is taken before the CPU, and few devices before many. Memory of models that may be evicted counts where it makes
+the choice better (:meth:`cortex.wire.node.ChosenWeights.rank`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +22,6 @@ from neuron.models.gguf import BLOCKS, TensorKind
 from neuron.models.model import ModelConfig
 from neuron.models.sizing import plan_memory
 
-WANTED_TOKENS: Final = 8192
-"""Context that is worth a smaller file, where the spec asks for none."""
 GROUP_SIZES: Final = (2, 4, 8)
 """Numbers of GPUs that a model may be divided over."""
 _GIB: Final = 1 << 30
@@ -46,36 +45,44 @@ class _Plan:
     """A candidate on devices."""
 
     candidate: Candidate
-    devices: tuple[str, ...]
-    context_tokens: int
-    required_bytes: int
-    """Bytes on each device."""
+    weights: ChosenWeights
     rank: tuple[int, ...]
 
 
 def fit(
-    candidates: Sequence[Candidate], free_bytes: Mapping[str, int], spec: ModelSpec, *, cpu_kernels: bool = True
+    candidates: Sequence[Candidate],
+    free_bytes: Mapping[str, int],
+    spec: ModelSpec,
+    *,
+    evictable_bytes: Mapping[str, int] | None = None,
+    cpu_kernels: bool = True,
 ) -> Fit:
     """Return the best of ``candidates`` on devices with ``free_bytes``, and why the others were passed over.
 
     ``spec`` has the context that is wanted, which is then a must, and the limits of the load. A ``tensor_parallel`` of
-    1 is alone or on as many GPUs as it takes; another one is kept.
+    1 is alone or on as many GPUs as it takes; another one is kept. ``evictable_bytes`` is what evictions would free
+    beside ``free_bytes``.
     """
+    freed = evictable_bytes or {}
+    all_bytes = {device: free + freed.get(device, 0) for device, free in free_bytes.items()}
+    amounts = {False: free_bytes} if all_bytes == dict(free_bytes) else {False: free_bytes, True: all_bytes}
     plans: list[_Plan] = []
     reasons: dict[str, str] = {}
     for candidate in candidates:
         if candidate.config is None:
             reasons[candidate.choice.name] = candidate.refusal
             continue
-        found, refusals = [], []
-        for devices in _places(free_bytes, spec):
-            try:
-                found.append(_plan(candidate, candidate.config, devices, free_bytes, spec, cpu_kernels))
-            except DoesNotFitError as error:
-                needs, free = error.needed_bytes / _GIB, min(free_bytes[device] for device in devices) / _GIB
-                refusals.append(f"{'+'.join(devices)}: needs {needs:.2f} GiB, free {free:.2f} GiB")
-            except ApiError as error:
-                refusals.append(error.message)
+        found: list[_Plan] = []
+        for evicts, amount in amounts.items():
+            refusals = []
+            for devices in _places(amount, spec):
+                try:
+                    found.append(_plan(candidate, candidate.config, devices, amount, spec, evicts, cpu_kernels))
+                except DoesNotFitError as error:
+                    needs, free = error.needed_bytes / _GIB, min(amount[device] for device in devices) / _GIB
+                    refusals.append(f"{'+'.join(devices)}: needs {needs:.2f} GiB, free {free:.2f} GiB")
+                except ApiError as error:
+                    refusals.append(error.message)
         plans += found
         if not found:
             reasons[candidate.choice.name] = "; ".join(refusals) or "no device takes loads"
@@ -89,7 +96,7 @@ def fit(
         for candidate in candidates
         if candidate.choice.name in reasons
     )
-    return Fit(None if best is None else _chosen(best), passed_over)
+    return Fit(None if best is None else best.weights, passed_over)
 
 
 def estimated(candidate: Candidate, choice: Choice) -> Candidate | None:
@@ -128,6 +135,7 @@ def _plan(
     devices: tuple[str, ...],
     free_bytes: Mapping[str, int],
     spec: ModelSpec,
+    evicts: bool,
     cpu_kernels: bool,
 ) -> _Plan:
     """Return the plan of the load on ``devices``. Raises as :func:`neuron.models.sizing.plan_memory`."""
@@ -136,27 +144,17 @@ def _plan(
     plans = [
         plan_memory(config, asked, devices[0], free, Shard(rank, size), cpu_kernels=cpu_kernels) for rank in range(size)
     ]
-    context_tokens = min(plan.context_tokens for plan in plans)
-    held_bytes = min(candidate.choice.size_bytes, 2 * config.num_parameters())
-    return _Plan(
-        candidate,
+    choice = candidate.choice
+    weights = ChosenWeights(
+        choice.name,
+        choice.size_bytes,
         devices,
-        context_tokens,
+        min(plan.context_tokens for plan in plans),
         max(plan.total_bytes for plan in plans),
-        (
-            devices[0].startswith("cuda"),
-            min(context_tokens, spec.context_tokens or WANTED_TOKENS),
-            held_bytes,
-            -candidate.choice.size_bytes,
-            -size,
-            context_tokens,
-        ),
+        min(choice.size_bytes, 2 * config.num_parameters()),
+        evicts,
     )
-
-
-def _chosen(plan: _Plan) -> ChosenWeights:
-    choice = plan.candidate.choice
-    return ChosenWeights(choice.name, choice.size_bytes, plan.devices, plan.context_tokens, plan.required_bytes)
+    return _Plan(candidate, weights, weights.rank(spec.context_tokens))
 
 
 def _comparison(plan: _Plan, best: _Plan, plans: Sequence[_Plan]) -> str:
@@ -164,7 +162,7 @@ def _comparison(plan: _Plan, best: _Plan, plans: Sequence[_Plan]) -> str:
     own = max((each for each in plans if each.candidate is plan.candidate), key=lambda each: each.rank)
     name = best.candidate.choice.name
     if own.rank[0] != best.rank[0]:
-        return f"fits {'+'.join(own.devices)} only; {name} fits {'+'.join(best.devices)}"
+        return f"fits {'+'.join(own.weights.devices)} only; {name} fits {'+'.join(best.weights.devices)}"
     if own.rank[1] != best.rank[1]:
-        return f"leaves room for {own.context_tokens} tokens; {name} for {best.context_tokens}"
+        return f"leaves room for {own.weights.context_tokens} tokens; {name} for {best.weights.context_tokens}"
     return f"holds no more than {name}"

@@ -137,24 +137,31 @@ class Hub:
     def _folder(self, repository: str) -> pathlib.Path:
         return self.cache / f"models--{repository.replace('/', '--')}"
 
-    def _cached(self, source: HubSource) -> pathlib.Path | None:
-        """Return the path of a choice whose files are all in the cache."""
+    def cached_choices(self, source: HubSource) -> dict[Choice, pathlib.Path]:
+        """Return the choices of a repository whose files are all in the cache, with the path of each."""
         folder, commit = self._folder(source.repository), source.revision or "main"
         if not _COMMIT.fullmatch(commit):
             try:
                 commit = (folder / "refs" / commit).read_text().strip()
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                return None
+                return {}
         snapshot = folder / "snapshots" / commit
         there = [path for path in snapshot.rglob("*") if path.is_file()]
         files = [RepositoryFile(str(path.relative_to(snapshot)), path.stat().st_size) for path in there]
+        has_tokenizer = any(file.path.startswith(("tokenizer.", "tekken.")) for file in files)
+        return {
+            choice: _path(snapshot, choice)
+            for choice in find_choices(files)
+            if choice.tag != SAFETENSORS or has_tokenizer  # another program may have fetched the weights alone
+        }
+
+    def _cached(self, source: HubSource) -> pathlib.Path | None:
+        """Return the path of a choice whose files are all in the cache."""
+        choices = self.cached_choices(source)
         try:
-            choice = choose(find_choices(files), source.choice, source.repository)
+            return choices[choose(tuple(choices), source.choice, source.repository)]
         except SourceNotFoundError:
             return None
-        if choice.tag == SAFETENSORS and not any(file.path.startswith(("tokenizer.", "tekken.")) for file in files):
-            return None  # another program fetched the weights alone
-        return _path(snapshot, choice)
 
     def _download(self, source: HubSource, sha256: str, report: Report) -> pathlib.Path:
         if self.offline:

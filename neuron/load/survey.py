@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from cortex.wire.errors import ApiError
 from cortex.wire.node import Fit, ModelSpec
 from neuron.errors import DiskFullError, SourceUnavailableError
-from neuron.load.choices import SAFETENSORS, Choice, choose, find_choices
+from neuron.load.choices import SAFETENSORS, Choice, RepositoryFile, choose, find_choices
 from neuron.load.download import RemoteFile, disk_errors, get, read_range
 from neuron.load.fit import Candidate, estimated, fit
 from neuron.load.hub import Hub, HubSource, Listing
@@ -25,26 +25,61 @@ from neuron.models.schemes import is_quantised
 
 
 def survey(
-    hub: Hub, source: HubSource, free_bytes: Mapping[str, int], spec: ModelSpec, *, cpu_kernels: bool = True
+    hub: Hub,
+    source: HubSource,
+    free_bytes: Mapping[str, int],
+    spec: ModelSpec,
+    *,
+    evictable_bytes: Mapping[str, int] | None = None,
+    cpu_kernels: bool = True,
 ) -> Fit:
     """Return the choice of a repository, or of ``source`` alone, that fits best. Blocks.
 
-    Raises :class:`SourceNotFoundError` where there is none, :class:`UnsupportedArchitectureError`, and as
-    :func:`neuron.load.download.download`.
+    Where the hub does not answer, the choices are those in the cache. Raises :class:`SourceNotFoundError` where there
+    is none, :class:`UnsupportedArchitectureError`, and as :func:`neuron.load.download.download`.
     """
+    try:
+        candidates, read = _remote_candidates(hub, source)
+    except SourceUnavailableError:
+        cached = hub.cached_choices(source)
+        if not cached:
+            raise
+        chosen = tuple(cached) if source.choice is None else (choose(tuple(cached), source.choice, source.repository),)
+        candidates, read = {choice.name: _cached_candidate(cached[choice], choice) for choice in chosen}, None
+    while True:
+        found = fit(
+            list(candidates.values()), free_bytes, spec, evictable_bytes=evictable_bytes, cpu_kernels=cpu_kernels
+        )
+        best = None if found.chosen is None else candidates[found.chosen.choice]
+        if best is None or not best.is_estimate:
+            return found
+        assert read is not None
+        candidates[best.choice.name] = read(best.choice)
+
+
+def candidate_at(path: pathlib.Path, choice: Choice | None = None) -> Candidate:
+    """Return the weights at a path of this host as a candidate; by default they are its only choice."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    alone = Choice("", tuple(RepositoryFile(file.name, file.stat().st_size) for file in files), path.name)
+    return Candidate(choice or alone, read_config(path))
+
+
+def _cached_candidate(path: pathlib.Path, choice: Choice) -> Candidate:
+    try:
+        return candidate_at(path, choice)
+    except ApiError as error:
+        return Candidate(choice, None, error.message)
+
+
+def _remote_candidates(hub: Hub, source: HubSource) -> tuple[dict[str, Candidate], Callable[[Choice], Candidate]]:
+    """Return the candidates of a repository by name, and the function that reads one as it is."""
     if hub.offline:
         raise SourceUnavailableError(f"{source.repository} cannot be listed: HF_HUB_OFFLINE is set.")
     listing = hub.list_files(source)
     choices = find_choices(listing.files)
     if source.choice is not None or not choices:
         choices = (choose(choices, source.choice, source.repository),)
-    candidates = _candidates(hub, listing, choices)
-    while True:
-        found = fit(list(candidates.values()), free_bytes, spec, cpu_kernels=cpu_kernels)
-        best = None if found.chosen is None else candidates[found.chosen.choice]
-        if best is None or not best.is_estimate:
-            return found
-        candidates[best.choice.name] = _read(hub, listing, best.choice)
+    return _candidates(hub, listing, choices), lambda choice: _read(hub, listing, choice)
 
 
 def _candidates(hub: Hub, listing: Listing, choices: tuple[Choice, ...]) -> dict[str, Candidate]:

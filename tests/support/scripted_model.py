@@ -13,11 +13,22 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapp
 
 from cortex.wire.errors import ApiError, UnprocessableError
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
-from cortex.wire.node import Capability, Device, DeviceKind, Fit, ModelSpec, WorkerHealth, WorkerState
+from cortex.wire.node import (
+    Capability,
+    ChosenWeights,
+    Device,
+    DeviceKind,
+    Fit,
+    ModelSpec,
+    PassedOver,
+    WorkerHealth,
+    WorkerState,
+)
 from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron.device.jobs import LoadedModel
 from neuron.device.probe import Host
 from neuron.harness import Embeddings, Model, Progress, Requirement
+from neuron.load.eviction_plan import plan_eviction
 from neuron.text.schema import left_out
 
 GIB = 1 << 30
@@ -116,8 +127,18 @@ class ScriptedHarness:
         """Loads, by model."""
         return Counter(spec.id for spec in self.loads)
 
-    async def fit(self, spec: ModelSpec) -> Fit:
-        return Fit(None)
+    async def fit(self, spec: ModelSpec, evictable_bytes: Mapping[str, int]) -> Fit:
+        need = await self.measure(spec, pathlib.Path(spec.source))
+        free_bytes = await self.free_bytes(need.bytes_on)
+        name = pathlib.Path(spec.source).name
+        for evicts in (False, True):
+            have = {device: free + evicts * evictable_bytes.get(device, 0) for device, free in free_bytes.items()}
+            if plan := plan_eviction(need, have):
+                share_bytes = need.bytes_on[plan.devices[0]]
+                size_bytes = need.total_bytes
+                return Fit(ChosenWeights(name, size_bytes, plan.devices, 4096, share_bytes, size_bytes, evicts))
+        reasons = (f"{device}: needs {need.total_bytes}, free {free}" for device, free in free_bytes.items())
+        return Fit(None, (PassedOver(name, need.total_bytes, "; ".join(reasons)),))
 
     async def measure(self, spec: ModelSpec, path: pathlib.Path) -> Requirement:
         if not path.is_file():

