@@ -5,6 +5,7 @@ a drain through one gateway is seen by all.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -13,7 +14,7 @@ from cortex.access.authenticator import Authenticator
 from cortex.access.rate_limiter import Usage
 from cortex.config import ModelProfile
 from cortex.dialects import openai_fields
-from cortex.errors import NoNodeError
+from cortex.errors import NoNodeError, UnknownNodeError
 from cortex.fleet import placement
 from cortex.fleet.control import NeuronClient
 from cortex.fleet.router import offered_profile
@@ -21,7 +22,7 @@ from cortex.fleet.service import FleetService
 from cortex.http_io import Exchange
 from cortex.settings import ConfigError
 from cortex.supervise import Supervisor
-from cortex.wire.errors import ApiError, InvalidRequestError, ModelNotFoundError, NotFoundError
+from cortex.wire.errors import ApiError, InvalidRequestError, ModelNotFoundError
 from cortex.wire.node import (
     Device,
     DrainRequest,
@@ -297,11 +298,18 @@ class Admin:
         await exchange.reply(200, msgspec.json.encode(Acted(nodes)))
 
     def _profile(self, name: str) -> ModelProfile:
-        model = self._service.catalogue.resolve(name)
-        profile = self._service.catalogue.profiles.get(model) or offered_profile(self._fleet.state, model)
+        profile = self._known_profile(name)
+        if profile is None:
+            with contextlib.suppress(ConfigError):  # another worker may just have added it
+                self._reload()
+            profile = self._known_profile(name)
         if profile is None:
             raise ModelNotFoundError(f"The model {name!r} is not in the catalogue.", param="model")
         return profile
+
+    def _known_profile(self, name: str) -> ModelProfile | None:
+        model = self._service.catalogue.resolve(name)
+        return self._service.catalogue.profiles.get(model) or offered_profile(self._fleet.state, model)
 
     def _neuron(self, name: str) -> NeuronClient:
         neuron = self._service.neurons.get(name)
@@ -315,9 +323,3 @@ class Admin:
         if status is None:
             raise ApiError(f"{node} went down after it loaded {model}.")
         return status
-
-
-class UnknownNodeError(NotFoundError):
-    """No node of that name is configured."""
-
-    code = "node_not_found"

@@ -2,6 +2,8 @@
 
 from cortex import __version__
 from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, KeysReport, ModelAct, PinAct
+from cortex.admin_models import FitAct, FitReport, Removed
+from cortex.config import ModelProfile
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
 from cortex.dialects import openapi
 from cortex.dialects.openapi import COUNT, LIST, OBJECT, RESPONSE_ANSWER, TEXT, Operation, Schema, object_with
@@ -46,6 +48,9 @@ OPERATIONS = (
     Operation("GET", "/admin/fleet", "Report the nodes.", FleetReport),
     Operation("GET", "/admin/keys", "Report the keys, their limits and use.", KeysReport),
     Operation("GET", "/admin/models", "List the models, where they are and how they are sampled.", FullOfferList),
+    Operation("POST", "/admin/models", "Add a model to the catalogue.", ModelProfile, ModelProfile),
+    Operation("POST", "/admin/models/fit", "Choose a node, and weights that fit there.", FitReport, FitAct),
+    Operation("DELETE", "/admin/models/{model}", "Remove an added model.", Removed),
     Operation("POST", "/admin/models/load", "Load a model.", Acted, ModelAct),
     Operation("POST", "/admin/models/unload", "Unload a model.", Acted, ModelAct),
     Operation("POST", "/admin/models/forget", "Remove a model from the lists of nodes.", Acted, ForgetAct),

@@ -34,6 +34,9 @@ NO_FILE = "no cortex.toml"
 LOCAL_NEURON = "local", "http://127.0.0.1:13131"
 """Name and endpoint of the default node: a neuron of this host, at its default address."""
 
+ADDED_MODELS = "added-models.json"
+"""Name of the file of models that commands and the dashboard add."""
+
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 """A finite positive duration."""
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -97,6 +100,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics_listen: str = "127.0.0.1:31314"
     """Address of the metrics; empty: none are served."""
     models: str = "models.toml"
+    added_models: str = ""
+    """Path of the file of models that commands and the dashboard add, relative to ``models``. Empty:
+    ``added-models.json`` in the service's state directory, or beside ``models``; without a ``cortex.toml`` in the
+    user's state directory."""
     discover: bool = True
     """Whether models that only nodes list, and ``models.toml`` does not name, are offered."""
     log_format: LogFormat = LogFormat.TEXT
@@ -325,6 +332,17 @@ def models_path(config: Config, path: pathlib.Path | None) -> pathlib.Path | Non
     models = pathlib.Path(config.gateway.models)
     is_wanted = config.gateway.models != GatewaySettings().models or models.exists()
     return models if is_wanted else None
+
+
+def added_path(config: Config, path: pathlib.Path | None, environment: Mapping[str, str]) -> pathlib.Path | None:
+    """Return the path of the added models, given that of ``cortex.toml``; ``None`` if nothing says where to keep it."""
+    catalogue = pathlib.Path(config.gateway.models) if path is None else path.parent / config.gateway.models
+    if config.gateway.added_models:
+        return catalogue.parent / config.gateway.added_models
+    if path is not None and not environment.get("STATE_DIRECTORY"):
+        return catalogue.parent / ADDED_MODELS
+    folder = settings.state_folder(environment)
+    return None if folder is None else folder / ADDED_MODELS
 
 
 def keys_path(config: Config, path: pathlib.Path | None) -> pathlib.Path | None:

@@ -7,6 +7,7 @@ from cortex.wire.errors import (
     ApiError,
     ErrorInfo,
     InvalidRequestError,
+    NotFoundError,
     OverloadedError,
     UnavailableError,
     UnprocessableError,
@@ -30,6 +31,38 @@ class LoadRefusedError(UnprocessableError):
     """Every node refused the load for good: the model does not fit, or cannot be read."""
 
     code = "model_load_refused"
+
+
+class UnknownNodeError(NotFoundError):
+    """No node of that name is configured."""
+
+    code = "node_not_found"
+
+
+class NothingFitsError(UnprocessableError):
+    """No node has the memory for any of a model's weights."""
+
+    code = "model_does_not_fit"
+
+
+class ModelExistsError(ApiError):
+    """An added model has the name of another one of the catalogue, which stays as it is."""
+
+    status = 409
+    code = "model_exists"
+
+
+class ModelNotAddedError(ApiError):
+    """A model was not added by a command, so that none removes it."""
+
+    status = 409
+    code = "model_not_added"
+
+
+class CatalogueNotWritableError(ApiError):
+    """The file of added models cannot be written."""
+
+    code = "catalogue_not_writable"
 
 
 class ConnectError(UpstreamError):

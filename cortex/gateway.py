@@ -6,6 +6,7 @@ the table of paths names everything that it wires up.
 
 import asyncio
 import logging
+import pathlib
 import re
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -15,6 +16,7 @@ from cortex.access.keys import KeyRing
 from cortex.access.rate_limiter import MemoryRateLimiter, RateLimiter
 from cortex.access.valkey import ValkeyRateLimiter
 from cortex.admin import Admin
+from cortex.admin_models import ModelAdmin
 from cortex.background import Background
 from cortex.config import AccessSettings, Config, CountersKind, StoreKind
 from cortex.conversation_endpoints import ConversationEndpoints
@@ -94,8 +96,11 @@ class Gateway:
         reload: Callable[[], None] = lambda: None,
         config_error: Callable[[], ConfigError | None] = lambda: None,
         local_token: str = "",
+        added_path: Callable[[], pathlib.Path | None] = lambda: None,
     ) -> None:
         """``reload`` and ``config_error`` serve ``/admin``: reread the files, and return the error of the last reading.
+
+        ``added_path`` returns the path of the file of added models.
 
         ``local_token`` is an administrator's key for commands on this host.
 
@@ -135,6 +140,7 @@ class Gateway:
             settings, offered, dispatcher, self.request_log, conversations, self._background, self.authenticator
         )
         admin = Admin(self.service, self.authenticator, reload, config_error, self.supervisor)
+        changes = ModelAdmin(self.service, reload, added_path)
         page = assets.read()
         self._feed = Feed(
             self.service,
@@ -163,7 +169,8 @@ class Gateway:
             "/version": {"GET": endpoints.version},
             "/admin/fleet": {"GET": admin.fleet},
             "/admin/keys": {"GET": admin.keys},
-            "/admin/models": {"GET": endpoints.all_models},
+            "/admin/models": {"GET": endpoints.all_models, "POST": changes.add},
+            "/admin/models/fit": {"POST": changes.fit},
             "/admin/models/load": {"POST": admin.load},
             "/admin/models/unload": {"POST": admin.unload},
             "/admin/models/forget": {"POST": admin.forget},
@@ -179,6 +186,7 @@ class Gateway:
         }
         self._patterns: tuple[tuple[re.Pattern[str], Methods], ...] = (
             (re.compile(r"/v1/models/.+"), {"GET": endpoints.model}),
+            (re.compile(r"/admin/models/.+"), {"DELETE": changes.remove}),
             (re.compile(r"/v1/responses/[^/]+"), {"GET": counted(stored.get), "DELETE": counted(stored.delete)}),
             (re.compile(r"/v1/responses/[^/]+/input_items"), {"GET": counted(stored.input_items)}),
             (re.compile(r"/v1/responses/[^/]+/cancel"), {"POST": counted(stored.cancel)}),

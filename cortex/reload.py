@@ -1,8 +1,8 @@
 """The gateway's configuration files, read together and reloaded when they change, all or nothing.
 
-``cortex.toml``, ``models.toml`` and ``keys.toml`` are checked as one before any of it is used. An invalid change is
-logged with file, key and reason, and the gateway continues as before. The files are checked every second and on
-SIGHUP, with the files that a rejected change names, so that correcting them is enough.
+``cortex.toml``, ``models.toml``, the file of added models and ``keys.toml`` are checked as one before any of it is
+used. An invalid change is logged with file, key and reason, and the gateway continues as before. The files are checked
+every second and on SIGHUP, with the files that a rejected change names, so that correcting them is enough.
 
 An unreadable file never means "no keys". A gateway with keys keeps them until a restart. A gateway without keys refuses
 every request after a rejected change to the access settings, until that is corrected or reverted.
@@ -63,6 +63,8 @@ class Loaded:
     keys: KeyRing
     files: tuple[pathlib.Path, ...]
     """All files that were read, secrets and certificates included."""
+    added: pathlib.Path | None = None
+    """File of the models that commands and the dashboard add."""
 
 
 def load(
@@ -100,7 +102,9 @@ def _load(
     settings = config.load(path, environment, flags, files)
     models = config.models_path(settings, path)
     files.append(models or pathlib.Path(settings.gateway.models))
-    offered = catalogue.load(models, {node.name for node in settings.neurons}) if models else Catalogue({}, {})
+    if (added := config.added_path(settings, path, environment)) is not None:
+        files.append(added)
+    offered = catalogue.load(models, {node.name for node in settings.neurons}, added)
     offered = dataclasses.replace(offered, discovers=settings.gateway.discover)
     ring = KeyRing()
     access = settings.access
@@ -119,7 +123,7 @@ def _load(
             log.warning("%s holds no key: every request with a key is refused", keys_file)
     elif access.anonymous:
         raise ConfigError(source, "access.anonymous", "means nothing without access.keys: everybody may ask")
-    return Loaded(settings, offered, ring, tuple(dict.fromkeys(files)))
+    return Loaded(settings, offered, ring, tuple(dict.fromkeys(files)), added)
 
 
 class _Looked(list[pathlib.Path]):
@@ -177,6 +181,11 @@ class Reloader:
         self.error: ConfigError | None = None
         """Reason why the current files are not in force."""
 
+    @property
+    def added_path(self) -> pathlib.Path | None:
+        """Path of the file of added models, as configured."""
+        return self._loaded.added
+
     def start(self, supervisor: Supervisor) -> None:
         """Start the watch, and handle SIGHUP where this is a process's main thread."""
         self._task = supervisor.start("watch the configuration", self._watch)
@@ -219,7 +228,7 @@ class Reloader:
         )
         gone = before.catalogue.withdrawn.union(before.catalogue.profiles).difference(found.catalogue.profiles)
         catalogue = dataclasses.replace(found.catalogue, withdrawn=gone)
-        self._loaded = Loaded(settings, catalogue, found.keys, found.files)
+        self._loaded = Loaded(settings, catalogue, found.keys, found.files, found.added)
         self._watch_also(looked_at.stamps | seen, found.files)
         self._is_open = not settings.access.keys
         try:

@@ -81,6 +81,17 @@ def read_toml(path: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(str(path), "", f"is not TOML: {error or type(error).__name__}") from None
 
 
+def state_folder(environment: Mapping[str, str]) -> pathlib.Path | None:
+    """Return the folder for state: systemd's, the user's, or one in the user's home; ``None`` if nothing names one."""
+    if service := environment.get("STATE_DIRECTORY"):
+        return pathlib.Path(service.split(":")[0])
+    if base := environment.get("XDG_STATE_HOME"):
+        return pathlib.Path(base, "cortex")
+    if home := environment.get("HOME"):
+        return pathlib.Path(home, ".local", "state", "cortex")
+    return None
+
+
 def read_file(path: pathlib.Path) -> bytes:
     """Return the content of a settings file or a secret. Only a regular file is read: a pipe might never end.
 

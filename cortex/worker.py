@@ -65,7 +65,13 @@ class Worker:
         self.addresses = served_at(gateway.listen)
         token = local.obtain(self.addresses[0][1], self._environment)
         self.gateway = Gateway(
-            loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error, token
+            loaded.config,
+            loaded.catalogue,
+            loaded.keys,
+            reloader.reload,
+            lambda: reloader.error,
+            token,
+            lambda: reloader.added_path,
         )
         await self.gateway.start()
         reloader.start(self.gateway.supervisor)

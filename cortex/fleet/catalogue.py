@@ -1,20 +1,29 @@
 """The catalogue: every model that an operator offers, by its id and by its aliases.
 
-Read once from ``models.toml`` and never changed; a reload makes another one. A missing file is an error; a file without
-models offers the models that the nodes list. Nodes are unknown here.
+Read once from ``models.toml`` and the file of added models, and never changed; a reload makes another one. A missing
+``models.toml`` is an error; a catalogue without models offers the models that the nodes list. Nodes are unknown here.
 """
 
+import logging
 import pathlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from cortex.config import ModelProfile, ModelsFile
+from cortex.fleet import added as added_models
 from cortex.settings import ConfigError, convert, read_toml
+
+log = logging.getLogger("cortex.config")
+
+NODE_KEYS = ("pinned", "preferred_nodes")
+"""Keys of a profile that name nodes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Profiles by id, and the id of every alias. ``created`` is the file's modification time in Unix seconds.
+    """Profiles by id, and the id of every alias. ``created`` is the time of the last change in Unix seconds.
 
     ``prefixes`` are the aliases that end with a ``*``, without it.
     """
@@ -27,6 +36,8 @@ class Catalogue:
     """Whether models are offered that nodes list and no file names."""
     withdrawn: frozenset[str] = frozenset()
     """Models that a reload has removed from the file: not offered, even where a node lists them."""
+    added: frozenset[str] = frozenset()
+    """Models that commands or the dashboard added (:mod:`cortex.fleet.added`)."""
 
     def resolve(self, name: str) -> str:
         """Return the id of an alias; any other name is returned as it is."""
@@ -42,13 +53,21 @@ class Catalogue:
         return None if prefix is None else self.prefixes[prefix]
 
 
-def load(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
-    """Return the catalogue in ``path``, whose profiles may name the given nodes.
+def load(path: pathlib.Path | None, nodes: Collection[str], added: pathlib.Path | None = None) -> Catalogue:
+    """Return the catalogue in ``path``, whose profiles may name the given nodes, with the models of ``added``.
 
     Raises:
-        ConfigError: the file cannot be read, a key is wrong, an id or alias is taken, an alias leads in a circle or
+        ConfigError: a file cannot be read, a key is wrong, an id or alias is taken, an alias leads in a circle or
             nowhere, or a profile names an unknown node.
     """
+    files = [file for file in (path, added) if file is not None and file.exists()]
+    operators = _of_operator(path, nodes) if path is not None else Catalogue({}, {})
+    merged = operators if added is None else _with_added(operators, added_models.read(added), nodes, str(added))
+    return replace(merged, created=max((int(file.stat().st_mtime) for file in files), default=0))
+
+
+def _of_operator(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
+    """Return the catalogue in ``models.toml``."""
     source = str(path)
     file = convert(read_toml(path), ModelsFile, source)
     profiles: dict[str, ModelProfile] = {}
@@ -57,7 +76,7 @@ def load(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
             raise ConfigError(source, f"models[{index}].id", f"{profile.id!r} is used twice")
         if not profile.source:
             raise ConfigError(source, f"models[{index}].source", "is empty")
-        for key in ("pinned", "preferred_nodes"):
+        for key in NODE_KEYS:
             for node in getattr(profile, key):
                 if node not in nodes:
                     raise ConfigError(source, f"models[{index}].{key}", f"{node!r} is not one of [[neurons]]")
@@ -72,9 +91,34 @@ def load(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
     return Catalogue(
         profiles,
         {alias: model for alias, model in aliases.items() if not alias.endswith("*")},
-        created=int(path.stat().st_mtime),
         prefixes={alias[:-1]: model for alias, model in aliases.items() if alias.endswith("*")},
     )
+
+
+def _with_added(operators: Catalogue, file: ModelsFile, nodes: Collection[str], source: str) -> Catalogue:
+    """Return a catalogue with the added models.
+
+    The operator's files win: an added model whose id they use is left out, and so are an alias that they use and a
+    node that they no longer name, so that no change of theirs is refused for what a command once added.
+    """
+    profiles, aliases, added = dict(operators.profiles), dict(operators.aliases), set()
+    for index, profile in enumerate(file.models):
+        if not profile.source:
+            raise ConfigError(source, f"models[{index}].source", "is empty")
+        if profile.id in added:
+            raise ConfigError(source, f"models[{index}].id", f"{profile.id!r} is used twice")
+        if profile.id in profiles or profile.id in aliases:
+            log.info("%s: models[%d]: models.toml has %r, so this one is left out", source, index, profile.id)
+            continue
+        there = {key: tuple(node for node in getattr(profile, key) if node in nodes) for key in NODE_KEYS}
+        profiles[profile.id] = msgspec.structs.replace(profile, **there)
+        added.add(profile.id)
+    for profile in file.models:
+        if profile.id in added:
+            aliases |= {
+                alias: profile.id for alias in profile.aliases if alias not in aliases and alias not in profiles
+            }
+    return replace(operators, profiles=profiles, aliases=aliases, added=frozenset(added))
 
 
 def _claim(

@@ -19,10 +19,12 @@ from cortex.wire.errors import RemoteError, UpstreamError, UpstreamTimeoutError
 from cortex.wire.node import (
     Discovery,
     DrainRequest,
+    Fit,
     ForgetRequest,
     Health,
     LoadRequest,
     ModelName,
+    ModelSpec,
     ModelState,
     ModelStatus,
     NodeState,
@@ -43,6 +45,8 @@ UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError, MemoryError)
 NUM_CONNECTIONS = 64
 UNLOAD_TIMEOUT_S = 30.0
 """Timeout of an unload beyond its drain."""
+FIT_TIMEOUT_S = 180.0
+"""Timeout of a fit, which tries a hub that does not answer five times."""
 JSON_HEADERS = ((b"content-type", b"application/json"),)
 
 
@@ -88,6 +92,11 @@ class NeuronClient:
         body = msgspec.json.encode(asked)
         # On a fresh connection: it is closed only by the node, or by its end.
         return await self._call(b"POST", b"/models/load", ModelStatus, body, timeout_s=timeout_s, is_fresh=True)
+
+    async def fit(self, spec: ModelSpec) -> Fit:
+        """Return the weights of a source that fit the node best. It asks a hub, and reads headers of files there."""
+        body = msgspec.json.encode(spec)
+        return await self._call(b"POST", b"/models/fit", Fit, body, timeout_s=FIT_TIMEOUT_S)
 
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
         """Unload a model and return when it is gone: after its running requests, or the drain timeout."""

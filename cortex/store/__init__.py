@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import assert_never
 
 from cortex.config import StoreKind, StoreSettings
-from cortex.settings import ConfigError
+from cortex.settings import ConfigError, state_folder
 from cortex.store.interface import ResponseStore, StoreError
 
 log = logging.getLogger("cortex.store")
@@ -44,13 +44,9 @@ def make(settings: StoreSettings, environment: Mapping[str, str] = os.environ) -
 
 
 def _state_folder(environment: Mapping[str, str]) -> pathlib.Path:
-    """Return the folder for state: systemd's, the user's, or one in the user's home."""
-    if service := environment.get("STATE_DIRECTORY"):
-        return pathlib.Path(service.split(":")[0])
-    if base := environment.get("XDG_STATE_HOME"):
-        return pathlib.Path(base, "cortex")
-    if home := environment.get("HOME"):
-        return pathlib.Path(home, ".local", "state", "cortex")
-    raise ConfigError(
-        "cortex.toml", "store.path", "is empty, and neither $STATE_DIRECTORY nor $HOME says where to keep it"
-    )
+    folder = state_folder(environment)
+    if folder is None:
+        raise ConfigError(
+            "cortex.toml", "store.path", "is empty, and neither $STATE_DIRECTORY nor $HOME says where to keep it"
+        )
+    return folder

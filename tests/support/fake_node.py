@@ -28,6 +28,7 @@ from cortex.wire.node import (
     DeviceKind,
     Discovery,
     DrainRequest,
+    Fit,
     Health,
     LoadRequest,
     ModelList,
@@ -157,6 +158,9 @@ class FakeNode:
     control: Script | None = None
     """Plays every control call in place of the answers here."""
     load: Callable[[ModelSpec], Awaitable[ModelStatus | Script]] | None = None
+    fit: Fit | Script = field(default_factory=lambda: Fit(None))
+    """Answer to a question for weights that fit."""
+    fit_specs: list[ModelSpec] = field(default_factory=list)
     free_bytes: int = 16 * GIB
     dialects: tuple[str, ...] = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
     requests: list[Received] = field(default_factory=list)
@@ -280,6 +284,12 @@ class FakeNode:
                 await line.reply(200, msgspec.json.encode(result))
             else:
                 await result(received, line)
+        elif received.path == "/models/fit":
+            self.fit_specs.append(msgspec.json.decode(received.body, type=ModelSpec))
+            if isinstance(self.fit, Fit):
+                await line.reply(200, msgspec.json.encode(self.fit))
+            else:
+                await self.fit(received, line)
         elif received.path == "/models/pin":
             pin = msgspec.json.decode(received.body, type=PinRequest)
             self.pins.append(pin)
