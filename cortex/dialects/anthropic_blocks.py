@@ -200,10 +200,9 @@ def _parts(block: Block, where: str) -> list[Part]:
 
 
 def _source(block: Block, where: str) -> Source:
-    source: Source | str = needed(block.source, where)
-    if isinstance(source, str):  # that of a search result
+    if isinstance(block.source, str):  # that of a search result
         raise InvalidTypeError(f"Invalid value for '{where}': expected `object`, got `str`.", param=where)
-    return source
+    return needed(block.source, where)
 
 
 def _image(source: Source, where: str) -> Part:
