@@ -134,9 +134,6 @@ class _Folder(Collector):
     def __init__(self, fold: Callable[[], None]) -> None:
         self._fold = fold
 
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
     def collect(self) -> Iterable[Metric]:
         self._fold()
         return ()
@@ -145,9 +142,6 @@ class _Folder(Collector):
 class _FleetCollector(Collector):
     def __init__(self, sample: Callable[[], FleetSample]) -> None:
         self._sample = sample
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
 
     def collect(self) -> Iterable[Metric]:
         sample = self._sample()
@@ -186,9 +180,6 @@ class _Current(Collector):
         self._counters = counters
         self._sample = sample
 
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
     def collect(self) -> Iterable[Metric]:
         sample = self._sample()
         current = {"node": {"", *(node.node for node in sample.nodes)}, "model": {"", *sample.known_models}}
@@ -215,66 +206,45 @@ class Metrics:
         self.registry.register(_Folder(self.fold))
         self.before_fold: Callable[[], None] = lambda: None
         """Hook that has ended requests counted. The thread of a scrape calls it too."""
+        counter = functools.partial(Counter, registry=self.registry)
+        histogram = functools.partial(Histogram, registry=self.registry)
         labels = ("model", "node", "dialect")
-        self.requests = Counter("cortex_requests", "Finished requests.", (*labels, "status"), registry=self.registry)
-        self.tokens_in = Counter("cortex_prompt_tokens", "Prompt tokens.", labels, registry=self.registry)
-        self.tokens_out = Counter("cortex_completion_tokens", "Generated tokens.", labels, registry=self.registry)
-        self.tokens_cached = Counter(
-            "cortex_cached_tokens", "Prompt tokens found in a prefix cache.", labels, registry=self.registry
-        )
-        self.first_token_s = Histogram(
+        self.requests = counter("cortex_requests", "Finished requests.", (*labels, "status"))
+        self.tokens_in = counter("cortex_prompt_tokens", "Prompt tokens.", labels)
+        self.tokens_out = counter("cortex_completion_tokens", "Generated tokens.", labels)
+        self.tokens_cached = counter("cortex_cached_tokens", "Prompt tokens found in a prefix cache.", labels)
+        self.first_token_s = histogram(
             "cortex_time_to_first_token_seconds",
             "From the request's arrival to the first token of a streamed answer.",
             labels,
             buckets=FIRST_TOKEN_BUCKETS_S,
-            registry=self.registry,
         )
-        self.duration_s = Histogram(
+        self.duration_s = histogram(
             "cortex_request_duration_seconds",
             "From the request's arrival to the end of its answer.",
             labels,
             buckets=DURATION_BUCKETS_S,
-            registry=self.registry,
         )
-        self.tokens_per_s = Histogram(
+        self.tokens_per_s = histogram(
             "cortex_tokens_per_second",
             "Speed of a streamed answer after its first token.",
             labels,
             buckets=SPEED_BUCKETS,
-            registry=self.registry,
         )
-        self.retries = Counter(
-            "cortex_upstream_retries",
-            "Requests sent again, to another replica or after a load.",
-            ("node", "reason"),
-            registry=self.registry,
+        self.retries = counter(
+            "cortex_upstream_retries", "Requests sent again, to another replica or after a load.", ("node", "reason")
         )
-        self.rejected = Counter(
-            "cortex_rejected_requests",
-            "Requests refused before an endpoint: unknown path, method or key.",
-            ("status",),
-            registry=self.registry,
+        self.rejected = counter(
+            "cortex_rejected_requests", "Requests refused before an endpoint: unknown path, method or key.", ("status",)
         )
-        self.background_failures = Counter(
-            "cortex_background_failures",
-            "Failures of background tasks, each of which was started again.",
-            ("task",),
-            registry=self.registry,
+        self.background_failures = counter(
+            "cortex_background_failures", "Failures of background tasks, each of which was started again.", ("task",)
         )
-        self.loop_lag_s = Histogram(
-            "cortex_loop_lag_seconds",
-            "Lag of the event loop, measured four times a second.",
-            buckets=BUCKETS_S,
-            registry=self.registry,
+        self.loop_lag_s = histogram(
+            "cortex_loop_lag_seconds", "Lag of the event loop, measured four times a second.", buckets=BUCKETS_S
         )
-        self.damaged_stores = Counter(
-            "cortex_store_damaged",
-            "Damaged store files that were moved aside and replaced.",
-            registry=self.registry,
-        )
-        self.loads = Counter(
-            "cortex_model_loads", "Cold loads requested.", ("model", "outcome"), registry=self.registry
-        )
+        self.damaged_stores = counter("cortex_store_damaged", "Damaged store files that were moved aside and replaced.")
+        self.loads = counter("cortex_model_loads", "Cold loads requested.", ("model", "outcome"))
         self.in_flight = Gauge(
             "cortex_in_flight_requests",
             "Requests in flight at a node.",

@@ -4,6 +4,7 @@ Series of a model are removed when it is unloaded; a series that a late request 
 read at each scrape. No prompt text is logged.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -27,41 +28,36 @@ REGISTRY = CollectorRegistry()
 _LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _RATE_BUCKETS = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 250, 500, 1000, 2000)
 
-REQUESTS = Counter("neuron_requests", "Finished requests", ["model", "dialect", "status"], registry=REGISTRY)
-TOKENS = Counter("neuron_tokens", "Tokens processed", ["model", "kind"], registry=REGISTRY)
-BACKGROUND_FAILURES = Counter("neuron_background_failures", "Failures of background tasks", ["task"], registry=REGISTRY)
-LOOP_LAG = Histogram(
-    "neuron_loop_lag_seconds",
-    "How late the daemon's event loop was, four times a second",
-    buckets=BUCKETS_S,
-    registry=REGISTRY,
+_counter = functools.partial(Counter, registry=REGISTRY)
+_histogram = functools.partial(Histogram, registry=REGISTRY)
+REQUESTS = _counter("neuron_requests", "Finished requests", ["model", "dialect", "status"])
+TOKENS = _counter("neuron_tokens", "Tokens processed", ["model", "kind"])
+BACKGROUND_FAILURES = _counter("neuron_background_failures", "Failures of background tasks", ["task"])
+LOOP_LAG = _histogram(
+    "neuron_loop_lag_seconds", "How late the daemon's event loop was, four times a second", buckets=BUCKETS_S
 )
-FIRST_TOKEN = Histogram(
+FIRST_TOKEN = _histogram(
     "neuron_time_to_first_token_seconds",
     "From the request's arrival to its first generated token",
     ["model"],
     buckets=_LATENCY_BUCKETS_S,
-    registry=REGISTRY,
 )
-DURATION = Histogram(
+DURATION = _histogram(
     "neuron_request_duration_seconds",
     "From the request's arrival to the end of its answer",
     ["model"],
     buckets=_LATENCY_BUCKETS_S,
-    registry=REGISTRY,
 )
-RATE = Histogram(
+RATE = _histogram(
     "neuron_output_tokens_per_second",
     "Output tokens of a request over the time from its first token to its end",
     ["model"],
     buckets=_RATE_BUCKETS,
-    registry=REGISTRY,
 )
-REJECTED = Counter(
+REJECTED = _counter(
     "neuron_rejected_requests",
     "Requests that were not let in: a path, a method or a secret that is not known",
     ["status"],
-    registry=REGISTRY,
 )
 
 _OF_A_MODEL = (REQUESTS, TOKENS, FIRST_TOKEN, DURATION, RATE)
