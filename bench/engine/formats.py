@@ -19,7 +19,7 @@ from neuron.cpu_kernels import native
 from neuron.formats.registry import STORED_FORMATS
 from neuron.formats.scheme import Piece, Settings
 from neuron.formats.schemes import find_scheme
-from neuron.models.gguf import BLOCKS, UNREADABLE, TensorKind
+from neuron.models.gguf import UNREADABLE, TensorKind
 from neuron.models.packed import Format
 from neuron.models.weights import StoredTensor
 
@@ -31,7 +31,7 @@ FORMATS = (Format.W4, Format.IQ4, Format.FP4, Format.W8)
 
 def measured(kind: TensorKind, pool: native.Pool) -> dict[str, Any]:
     """Return the row of a kind."""
-    block, block_bytes = BLOCKS[kind]
+    block, block_bytes = kind.block, kind.block_bytes
     file_bytes = ROWS * COLUMNS // block * block_bytes
     # Numbers of any size take as long; zeros are finite in every kind.
     stored = np.zeros(file_bytes, np.uint8)
@@ -132,7 +132,7 @@ def measured_scheme(name: str, pool: native.Pool) -> dict[str, Any]:
 def main() -> None:
     """Measure and print; ``--keep`` writes the result."""
     keep = report.arguments(__doc__).parse_args().keep
-    kinds = [kind for kind in TensorKind if BLOCKS[kind][0] > 1 and kind not in UNREADABLE]
+    kinds = [kind for kind in TensorKind if kind.block > 1 and kind not in UNREADABLE]
     pool = native.Pool(torch.get_num_threads())
     report.write(
         "formats",

@@ -18,7 +18,7 @@ from cortex.wire.node import ChosenWeights, Fit, ModelSpec, PassedOver
 from neuron.layers.shard import Shard
 from neuron.load.choices import Choice
 from neuron.models.errors import DoesNotFitError
-from neuron.models.gguf import BLOCKS, TensorKind
+from neuron.models.gguf import TensorKind
 from neuron.models.model import ModelConfig
 from neuron.models.sizing import plan_memory
 
@@ -109,10 +109,9 @@ def estimated(candidate: Candidate, choice: Choice) -> Candidate | None:
     if not kinds or candidate.config is None:
         return None
     kind = max(kinds, key=lambda found: len(found.name))
-    block, _ = BLOCKS[kind]
     tensors = candidate.config.tensors()
     stored = {
-        name: kind if len(tensors[name].shape) > 1 and tensors[name].shape[-1] % block == 0 else before
+        name: kind if len(tensors[name].shape) > 1 and tensors[name].shape[-1] % kind.block == 0 else before
         for name, before in candidate.config.tensor_kinds.items()
     }
     return Candidate(choice, replace(candidate.config, tensor_kinds=stored), is_estimate=True)

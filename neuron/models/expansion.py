@@ -9,7 +9,6 @@ from neuron.formats.scheme import Scheme
 from neuron.layers.parameters import Matrix
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed, quantization
-from neuron.models.gguf import BLOCKS
 from neuron.models.model import DTYPE_BYTES, ModelConfig, StoredKind
 
 WIDER: Final = 1.25
@@ -56,8 +55,7 @@ def _element_bytes(kind: StoredKind) -> float:
     """Return the bytes of an element in the file."""
     if isinstance(kind, Scheme):
         return kind.stored_row_bytes / kind.columns
-    block, block_bytes = BLOCKS[kind]
-    return block_bytes / block
+    return kind.block_bytes / kind.block
 
 
 def _weights(
@@ -72,7 +70,7 @@ def _weights(
         forms = () if is_native else quantization.forms(matrix, kinds, quant)
         for index, tensor in enumerate(matrix.tensors):
             kind, rows, columns = kinds.get(tensor.name), len(tensor.rows), len(tensor.columns)
-            if kind is None or (not isinstance(kind, Scheme) and BLOCKS[kind][0] == 1):
+            if kind is None or (not isinstance(kind, Scheme) and kind.block == 1):
                 continue
             if is_native:
                 held, held_bytes = NATIVE[formats[index]], native.packed_bytes(formats[index], rows, columns)

@@ -16,7 +16,7 @@ import pathlib
 import struct
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 from neuron.models.errors import CorruptWeightsError
 from neuron.models.files import open_regular, quoted
@@ -37,81 +37,54 @@ MAX_DIMENSIONS: Final = 4
 
 
 class TensorKind(IntEnum):
-    """Storage of a tensor's elements (``ggml_type``)."""
+    """Storage of a tensor's elements (``ggml_type``): its number, and the elements and bytes of one block."""
 
-    F32 = 0
-    F16 = 1
-    Q4_0 = 2
-    Q4_1 = 3
-    Q5_0 = 6
-    Q5_1 = 7
-    Q8_0 = 8
-    Q8_1 = 9
-    Q2_K = 10
-    Q3_K = 11
-    Q4_K = 12
-    Q5_K = 13
-    Q6_K = 14
-    Q8_K = 15
-    IQ2_XXS = 16
-    IQ2_XS = 17
-    IQ3_XXS = 18
-    IQ1_S = 19
-    IQ4_NL = 20
-    IQ3_S = 21
-    IQ2_S = 22
-    IQ4_XS = 23
-    I8 = 24
-    I16 = 25
-    I32 = 26
-    I64 = 27
-    F64 = 28
-    IQ1_M = 29
-    BF16 = 30
-    TQ1_0 = 34
-    TQ2_0 = 35
-    MXFP4 = 39
-    NVFP4 = 40
-    Q1_0 = 41
+    block: int
+    block_bytes: int
+
+    def __new__(cls, number: int, block: int, block_bytes: int) -> Self:
+        """Return the kind ``number``."""
+        kind = int.__new__(cls, number)
+        kind._value_, kind.block, kind.block_bytes = number, block, block_bytes
+        return kind
+
+    F32 = 0, 1, 4
+    F16 = 1, 1, 2
+    Q4_0 = 2, 32, 18
+    Q4_1 = 3, 32, 20
+    Q5_0 = 6, 32, 22
+    Q5_1 = 7, 32, 24
+    Q8_0 = 8, 32, 34
+    Q8_1 = 9, 32, 40
+    Q2_K = 10, 256, 84
+    Q3_K = 11, 256, 110
+    Q4_K = 12, 256, 144
+    Q5_K = 13, 256, 176
+    Q6_K = 14, 256, 210
+    Q8_K = 15, 256, 292
+    IQ2_XXS = 16, 256, 66
+    IQ2_XS = 17, 256, 74
+    IQ3_XXS = 18, 256, 98
+    IQ1_S = 19, 256, 50
+    IQ4_NL = 20, 32, 18
+    IQ3_S = 21, 256, 110
+    IQ2_S = 22, 256, 82
+    IQ4_XS = 23, 256, 136
+    I8 = 24, 1, 1
+    I16 = 25, 1, 2
+    I32 = 26, 1, 4
+    I64 = 27, 1, 8
+    F64 = 28, 1, 8
+    IQ1_M = 29, 256, 56
+    BF16 = 30, 1, 2
+    TQ1_0 = 34, 256, 54
+    TQ2_0 = 35, 256, 66
+    MXFP4 = 39, 32, 17
+    NVFP4 = 40, 64, 36
+    Q1_0 = 41, 128, 18
 
 
-BLOCKS: Final[dict[int, tuple[int, int]]] = {
-    TensorKind.F32: (1, 4),
-    TensorKind.F16: (1, 2),
-    TensorKind.Q4_0: (32, 18),
-    TensorKind.Q4_1: (32, 20),
-    TensorKind.Q5_0: (32, 22),
-    TensorKind.Q5_1: (32, 24),
-    TensorKind.Q8_0: (32, 34),
-    TensorKind.Q8_1: (32, 40),
-    TensorKind.Q2_K: (256, 84),
-    TensorKind.Q3_K: (256, 110),
-    TensorKind.Q4_K: (256, 144),
-    TensorKind.Q5_K: (256, 176),
-    TensorKind.Q6_K: (256, 210),
-    TensorKind.Q8_K: (256, 292),
-    TensorKind.IQ2_XXS: (256, 66),
-    TensorKind.IQ2_XS: (256, 74),
-    TensorKind.IQ3_XXS: (256, 98),
-    TensorKind.IQ1_S: (256, 50),
-    TensorKind.IQ4_NL: (32, 18),
-    TensorKind.IQ3_S: (256, 110),
-    TensorKind.IQ2_S: (256, 82),
-    TensorKind.IQ4_XS: (256, 136),
-    TensorKind.I8: (1, 1),
-    TensorKind.I16: (1, 2),
-    TensorKind.I32: (1, 4),
-    TensorKind.I64: (1, 8),
-    TensorKind.F64: (1, 8),
-    TensorKind.IQ1_M: (256, 56),
-    TensorKind.BF16: (1, 2),
-    TensorKind.TQ1_0: (256, 54),
-    TensorKind.TQ2_0: (256, 66),
-    TensorKind.MXFP4: (32, 17),
-    TensorKind.NVFP4: (64, 36),
-    TensorKind.Q1_0: (128, 18),
-}
-"""Elements and bytes of one block of each kind."""
+KINDS: Final = {int(kind): kind for kind in TensorKind}
 UNREADABLE: Final = frozenset(
     {
         *(TensorKind.Q8_1, TensorKind.Q8_K, TensorKind.Q1_0, TensorKind.F64),
@@ -342,8 +315,8 @@ class _Reader:
         self, name: str, shape: tuple[int, ...], number: int, offset: int, data_offset: int, alignment: int
     ) -> TensorInfo:
         """Check an entry against the file: its shape, and the presence of all its bytes, where its kind is known."""
-        block, block_bytes = BLOCKS.get(number, (1, 0))
-        kind = TensorKind(number) if number in BLOCKS else number
+        kind = KINDS.get(number, number)
+        block, block_bytes = (kind.block, kind.block_bytes) if isinstance(kind, TensorKind) else (1, 0)
         num_elements = 1
         for dimension in shape:
             num_elements *= dimension

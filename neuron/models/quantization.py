@@ -17,7 +17,6 @@ from neuron.formats.scheme import Scheme
 from neuron.layers.parameters import Constant, Matrix, Tensor, Vector
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models.errors import UnsupportedQuantizationError
-from neuron.models.gguf import BLOCKS
 from neuron.models.model import DTYPE_BYTES, ModelConfig, StoredKind
 
 NONE: Final = "none"
@@ -48,7 +47,7 @@ def resolve(config: ModelConfig, quant: str, dtype: str, device: str, *, cpu_ker
         return STORED if kept and not on_cpu and dtype != "float32" else NONE
     if quant == NONE:
         return NONE
-    if any(isinstance(kind, Scheme) or BLOCKS[kind][0] > 1 for kind in kinds):
+    if any(isinstance(kind, Scheme) or kind.block > 1 for kind in kinds):
         raise UnsupportedQuantizationError(
             f"quant is {quant!r}, but the file is quantised already; load it with quant = 'auto'", param="quant"
         )

@@ -16,7 +16,7 @@ from cortex.wire.errors import ApiError, ErrorInfo
 from cortex.wire.node import ModelSpec
 from neuron.models.config import read_config
 from neuron.models.fields import JsonFields
-from neuron.models.gguf import BLOCKS, TensorKind
+from neuron.models.gguf import TensorKind
 from neuron.models.model import ModelConfig
 from neuron.models.registry import FAMILIES
 from neuron.models.sizing import least_bytes
@@ -237,7 +237,7 @@ GGUF_VALUES: tuple[tuple[bytes, bytes], ...] = (
 
 def gguf_file(kind: TensorKind = TensorKind.F32) -> bytes:
     """Return a GGUF file of a model with one layer and all its tensors, of a kind where their rows allow it."""
-    block, block_bytes = BLOCKS[kind]
+    block, block_bytes = kind.block, kind.block_bytes
     wide = max(8, block)
     shapes = {
         "token_embd": (wide, 16), "output_norm": (wide,), "blk.0.attn_norm": (wide,), "blk.0.ffn_norm": (wide,),

@@ -15,7 +15,7 @@ from neuron.formats.registry import STORED_FORMATS
 from neuron.models import quantization
 from neuron.models.config import read_config
 from neuron.models.expansion import expansions
-from neuron.models.gguf import BLOCKS, UNREADABLE, TensorKind
+from neuron.models.gguf import UNREADABLE, TensorKind
 from neuron.models.sizing import plan_memory
 from neuron.models.weights import open_weights
 
@@ -23,7 +23,7 @@ from .test_quantization import allocated, loaded
 from .test_schemes import native_logits, prefill
 from .test_weights import export_gguf
 
-KINDS = [kind for kind in TensorKind if BLOCKS[kind][0] > 1 and kind not in UNREADABLE]
+KINDS = [kind for kind in TensorKind if kind.block > 1 and kind not in UNREADABLE]
 SIZES = {
     "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 64
 }  # fmt: skip
@@ -71,7 +71,7 @@ def test_bytes_beyond_the_files_are_told(
 ) -> None:
     path = tmp_path / "model.gguf"
     export_gguf(make_checkpoint("llama", **SIZES), path, gguf.GGMLQuantizationType(kind))
-    config, (block, block_bytes) = read_config(path), BLOCKS[kind]
+    config, block, block_bytes = read_config(path), kind.block, kind.block_bytes
     elements = sum(shape[0] * shape[1] for shape in config.tensor_shapes().values() if len(shape) == 2)
     gpu, cpu = (plan_memory(config, ModelSpec("m", str(path)), device, 1 << 32) for device in ("cuda:0", "cpu:0"))
     told = expansions(config, gpu.dtype, gpu.quant, native=False)
