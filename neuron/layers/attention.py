@@ -71,9 +71,9 @@ class Attention:
         query_orders = tuple((*order, *range(dim, query_dim)) if order else () for order in orders)
         heads, kv_heads = shard.query_heads(self.num_heads, self.num_kv_heads), shard.kv_heads(self.num_kv_heads)
         each = [
-            ("q", self.num_heads * query_dim, scaled(heads, query_dim), query_orders),
-            ("k", self.num_kv_heads * dim, scaled(kv_heads, dim), orders),
-            ("v", self.num_kv_heads * dim, scaled(kv_heads, dim), ((), ())),
+            ("q", self.num_heads * query_dim, scaled((heads,), query_dim), query_orders),
+            ("k", self.num_kv_heads * dim, scaled((kv_heads,), dim), orders),
+            ("v", self.num_kv_heads * dim, scaled((kv_heads,), dim), ((), ())),
         ]
 
         def tensors(kind: str, *columns: int) -> tuple[Tensor, ...]:
@@ -90,7 +90,7 @@ class Attention:
             "self_attn.o_proj.weight",
             "attn_output.weight",
             (hidden, self.num_heads * dim),
-            columns=scaled(heads, dim),
+            columns=scaled((heads,), dim),
         )
         # Ranks' partial products are summed: the bias is in one of them.
         has_output_bias = self.output_bias and not shard.rank

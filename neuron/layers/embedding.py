@@ -45,7 +45,7 @@ class Head:
         """Return its parameters, with full names; a tied matrix is the embedding's."""
         found: Parameters = {"norm": self.norm.vector("model.norm", "output_norm")}
         if not self.tied:
-            shape, rows = (self.vocab_size, self.norm.size), shard.vocabulary(self.vocab_size)
+            shape, rows = (self.vocab_size, self.norm.size), (shard.vocabulary(self.vocab_size),)
             found["matrix"] = Matrix((Tensor("lm_head.weight", "output.weight", shape, rows),), rounded=False)
         return found
 

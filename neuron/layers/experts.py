@@ -72,10 +72,10 @@ class SharedExpert:
         """Return the parameters that a rank holds."""
         run = shard.width(self.width)
         gate, up = (
-            Tensor(f"{self.name}.{which}_proj.weight", f"ffn_{which}_shexp.weight", (self.width, hidden), run)
+            Tensor(f"{self.name}.{which}_proj.weight", f"ffn_{which}_shexp.weight", (self.width, hidden), (run,))
             for which in ("gate", "up")
         )
-        down = Tensor(f"{self.name}.down_proj.weight", "ffn_down_shexp.weight", (hidden, self.width), columns=run)
+        down = Tensor(f"{self.name}.down_proj.weight", "ffn_down_shexp.weight", (hidden, self.width), columns=(run,))
         found: Parameters = {"shared_gate_up": Matrix((gate, up), gated=True), "shared_down": Matrix((down,))}
         if self.gated:
             share = Tensor(f"{self.name}_gate.weight", "ffn_gate_inp_shexp.weight", (1, hidden))
@@ -100,12 +100,12 @@ class Experts:
         """See :class:`~neuron.layers.layer.Layer`."""
         hidden, run, numbers = self.norm.size, shard.width(self.width), range(self.router.num_experts)
         inner = tuple(
-            Tensor(f"mlp.experts.{i}.{which}_proj.weight", f"ffn_{which}_exps.{i}", (self.width, hidden), run)
+            Tensor(f"mlp.experts.{i}.{which}_proj.weight", f"ffn_{which}_exps.{i}", (self.width, hidden), (run,))
             for i in numbers
             for which in ("gate", "up")
         )
         outer = tuple(
-            Tensor(f"mlp.experts.{i}.down_proj.weight", f"ffn_down_exps.{i}", (hidden, self.width), columns=run)
+            Tensor(f"mlp.experts.{i}.down_proj.weight", f"ffn_down_exps.{i}", (hidden, self.width), columns=(run,))
             for i in numbers
         )
         fused = (

@@ -7,12 +7,11 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from cortex.wire.errors import InvalidRequestError
 from neuron.layers.cache import CHUNK_TOKENS, SequenceState, StateTensor
 from neuron.layers.layer import Weights
 from neuron.layers.norm import Norm
 from neuron.layers.parameters import Fused, Matrix, Parameters, Tensor, Vector
-from neuron.layers.shard import WHOLE, Shard, scaled
+from neuron.layers.shard import WHOLE, Runs, Shard, count, scaled, tiled_heads
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +50,9 @@ class GatedDelta:
         """See :class:`~neuron.layers.layer.Layer`."""
         hidden, (keys, values) = self.norm.size, self._heads(shard)
         key_width, value_width = self.num_key_heads * self.key_dim, self.num_value_heads * self.value_dim
-        key_rows, value_rows = scaled(keys, self.key_dim), scaled(values, self.value_dim)
+        key_rows, value_rows = scaled((keys,), self.key_dim), scaled(values, self.value_dim)
         parts = (("q", key_width, key_rows), ("k", key_width, key_rows), ("v", value_width, value_rows))
-        every = 2 * self.key_dim + 2 * value_width // self.num_key_heads
-        joined_rows = scaled(keys, every)
-        heads = (self.num_value_heads,)
+        group, heads = self.num_value_heads // self.num_key_heads, (self.num_value_heads,)
 
         def of_parts(stem: str, gguf: str, columns: int) -> tuple[Tensor, ...]:
             return tuple(
@@ -63,19 +60,28 @@ class GatedDelta:
                 for x, size, rows in parts
             )
 
+        def joined(stem: str, gguf: str, shared: int, each: int) -> Tensor:
+            # Of a key head: rows that its value heads share, then two kinds of rows of each of these.
+            every = shared + 2 * group * each
+            if count(values) == group * len(keys):
+                rows = scaled((keys,), every)
+            else:
+                (part,), start = values, keys.start * every + shared
+                firsts = [start + kind * group * each + (part.start - keys.start * group) * each for kind in (0, 1)]
+                rows = (range(start - shared, start), *(range(at, at + len(part) * each) for at in firsts))
+            shape = (self.num_key_heads * every, hidden)
+            return Tensor(f"linear_attn.{stem}.weight", gguf, shape, tuple(run for run in rows if run))
+
         found: Parameters = {"norm": self.norm.vector("input_layernorm", "attn_norm")}
         if self.joins_inputs:
-            joined = Tensor("linear_attn.in_proj_qkvz.weight", "ssm_in.weight", (self.num_key_heads * every, hidden))
-            found["qkvz"] = Matrix((dataclasses.replace(joined, rows=joined_rows),))
+            found["qkvz"] = Matrix((joined("in_proj_qkvz", "ssm_in.weight", 2 * self.key_dim, self.value_dim),))
         else:
             fused = Fused("linear_attn.in_proj_qkv.weight", "attn_qkv.weight")
             z = Tensor("linear_attn.in_proj_z.weight", "attn_gate.weight", (value_width, hidden), value_rows)
             found["qkv"] = Matrix(of_parts("in_proj", "attn", hidden), fused=fused)
             found["z"] = Matrix((z,))
         if self.joins_gates:
-            both = 2 * self.num_value_heads // self.num_key_heads
-            shape = both * self.num_key_heads, hidden
-            gates = [Tensor("linear_attn.in_proj_ba.weight", "ssm_ba.weight", shape, scaled(keys, both))]
+            gates = [joined("in_proj_ba", "ssm_ba.weight", 0, 1)]
         else:
             names = (("b", "beta"), ("a", "alpha"))
             gates = [
@@ -101,14 +107,14 @@ class GatedDelta:
     def cache(self, shard: Shard = WHOLE) -> SequenceState:
         """See :class:`~neuron.layers.layer.Layer`: last inputs of the convolution, and the state of the rule."""
         keys, values = self._heads(shard)
-        channels = 2 * len(keys) * self.key_dim + len(values) * self.value_dim
-        state = StateTensor((len(values), self.key_dim, self.value_dim), in_float32=True)
+        channels = 2 * len(keys) * self.key_dim + count(values) * self.value_dim
+        state = StateTensor((count(values), self.key_dim, self.value_dim), in_float32=True)
         return SequenceState((StateTensor((self.width - 1, channels)), state))
 
     def workspace(self, shard: Shard = WHOLE) -> int:
         """See :class:`~neuron.layers.layer.Layer`: q, k and v before the convolution and behind it, z and outputs."""
         keys, values = self._heads(shard)
-        return 4 * len(keys) * self.key_dim + 5 * len(values) * self.value_dim + 2 * len(values)
+        return 4 * len(keys) * self.key_dim + (5 * self.value_dim + 2) * count(values)
 
     def forward(self, step: "Step", weights: Weights, residual: "torch.Tensor", cache: Any) -> None:
         """See :class:`~neuron.layers.layer.Layer`."""
@@ -134,12 +140,8 @@ class GatedDelta:
         out = operations.gated_norm(out, z, weights["head_norm"], self.norm.eps)
         step.add_linear(out, weights["output"], None, residual)
 
-    def _heads(self, shard: Shard) -> tuple[range, range]:
+    def _heads(self, shard: Shard) -> tuple[range, Runs]:
         """Return a rank's key heads and value heads."""
-        if self.tiled and shard.size > 1 and self.num_value_heads > self.num_key_heads:
-            raise InvalidRequestError(
-                f"tensor_parallel is {shard.size}; the heads of a GGUF file of this family are in an order that cannot "
-                "be shared out to several devices: load the safetensors instead",
-                param="tensor_parallel",
-            )
-        return shard.kv_heads(self.num_key_heads), shard.query_heads(self.num_value_heads, self.num_key_heads)
+        heads = self.num_value_heads, self.num_key_heads
+        values = tiled_heads(shard, *heads) if self.tiled else (shard.query_heads(*heads),)
+        return shard.kv_heads(self.num_key_heads), values

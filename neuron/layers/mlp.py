@@ -31,10 +31,10 @@ class GatedMlp:
         """See :class:`~neuron.layers.layer.Layer`."""
         hidden, run = self.norm.size, shard.width(self.width)
         gate, up = (
-            Tensor(f"mlp.{which}_proj.weight", f"ffn_{which}.weight", (self.width, hidden), run)
+            Tensor(f"mlp.{which}_proj.weight", f"ffn_{which}.weight", (self.width, hidden), (run,))
             for which in ("gate", "up")
         )
-        down = Tensor("mlp.down_proj.weight", "ffn_down.weight", (hidden, self.width), columns=run)
+        down = Tensor("mlp.down_proj.weight", "ffn_down.weight", (hidden, self.width), columns=(run,))
         before = "pre_feedforward" if self.out_norm else "post_attention"
         found: Parameters = {
             "norm": self.norm.vector(f"{before}_layernorm", self.gguf_norm),

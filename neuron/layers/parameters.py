@@ -6,10 +6,9 @@ a GPU or for the CPU kernels, and a rank's part follow from the declaration. No 
 
 import dataclasses
 import math
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-ALL: Final = range(-1)
-"""Rows or columns of a whole tensor."""
+from neuron.layers.shard import Runs, count
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,10 +20,10 @@ class Tensor:
     gguf: str
     """Name in GGUF, which has one tensor for a layer's experts: its matrix for expert 7 is ``ffn_up_exps.7``."""
     shape: tuple[int, ...]
-    rows: range = ALL
-    """Rows of this rank."""
-    columns: range = ALL
-    """Columns of this rank, of a matrix."""
+    rows: Runs = ()
+    """Rows of this rank; unless given all."""
+    columns: Runs = ()
+    """Columns of this rank, of a matrix; unless given all."""
     order: tuple[int, ...] = ()
     """Row in safetensors of each row of a head, where these have another order; all heads have the same one."""
     gguf_order: tuple[int, ...] = ()
@@ -36,10 +35,10 @@ class Tensor:
 
     def __post_init__(self) -> None:
         """Take all rows and columns, unless a part is given."""
-        if self.rows.stop < 0:
-            object.__setattr__(self, "rows", range(self.shape[0]))
-        if self.columns.stop < 0:
-            object.__setattr__(self, "columns", range(self.shape[1] if len(self.shape) > 1 else 0))
+        if not self.rows:
+            object.__setattr__(self, "rows", (range(self.shape[0]),))
+        if not self.columns and len(self.shape) > 1:
+            object.__setattr__(self, "columns", (range(self.shape[1]),))
 
     def within(self, prefix: str, gguf_prefix: str) -> "Tensor":
         """Return the tensor with its full names."""
@@ -51,6 +50,16 @@ class Tensor:
     def num_elements(self) -> int:
         """Number of elements of the whole tensor."""
         return math.prod(self.shape)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of this rank's rows."""
+        return count(self.rows)
+
+    @property
+    def num_columns(self) -> int:
+        """Number of this rank's columns; 0 of a vector."""
+        return count(self.columns)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +75,7 @@ class Vector:
     def num_elements(self) -> int:
         """Number of this rank's elements."""
         repeats = self.repeats or (1,) * len(self.tensors)
-        return sum(count * len(tensor.rows) for tensor, count in zip(self.tensors, repeats, strict=True))
+        return sum(times * tensor.num_rows for tensor, times in zip(self.tensors, repeats, strict=True))
 
 
 class Fused(NamedTuple):

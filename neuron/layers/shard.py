@@ -69,8 +69,30 @@ class Shard:
 
 
 WHOLE: Final = Shard()
+Runs = tuple[range, ...]
+"""Elements of an axis that a rank has, in runs."""
 
 
-def scaled(run: range, factor: int) -> range:
-    """Return the run of elements of a run of heads of ``factor`` elements."""
-    return range(run.start * factor, run.stop * factor)
+def tiled_heads(shard: Shard, num_heads: int, num_kv_heads: int) -> Runs:
+    """Return a rank's query heads where head h reads key-value head ``h % num_kv_heads``, in the order of the file.
+
+    They are those of :meth:`Shard.query_heads`: of each tile, which has a head for every key-value head, the run for
+    the rank's own, so that head i of the rank reads the i-th of these, modulo their number. Raises as that method.
+    """
+    per_kv_head, heads = num_heads // num_kv_heads, shard.query_heads(num_heads, num_kv_heads)
+    own = shard.kv_heads(num_kv_heads)
+    if len(own) == num_kv_heads:
+        return (heads,)
+    first = heads.start - own.start * per_kv_head
+    tiles = range(first, first + len(heads) // len(own))
+    return tuple(range(tile * num_kv_heads + own.start, tile * num_kv_heads + own.stop) for tile in tiles)
+
+
+def scaled(runs: Runs, factor: int) -> Runs:
+    """Return the runs of elements of runs of heads of ``factor`` elements."""
+    return tuple(range(run.start * factor, run.stop * factor) for run in runs)
+
+
+def count(runs: Runs) -> int:
+    """Return the number of elements of runs."""
+    return sum(map(len, runs))

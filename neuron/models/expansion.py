@@ -69,7 +69,7 @@ def _weights(
         formats = packed.formats(matrix, kinds, dtype) if is_native else ()
         forms = () if is_native else quantization.forms(matrix, kinds, quant)
         for index, tensor in enumerate(matrix.tensors):
-            kind, rows, columns = kinds.get(tensor.name), len(tensor.rows), len(tensor.columns)
+            kind, rows, columns = kinds.get(tensor.name), tensor.num_rows, tensor.num_columns
             if kind is None or (not isinstance(kind, Scheme) and kind.block == 1):
                 continue
             if is_native:

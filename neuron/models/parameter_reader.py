@@ -84,13 +84,14 @@ class ParameterReader:
 
     def _floats(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return the concatenation of vectors, or of the rows of matrices."""
-        num_rows, width = sum(len(tensor.rows) for tensor in tensors), len(tensors[0].columns)
+        num_rows, width = sum(tensor.num_rows for tensor in tensors), tensors[0].num_columns
         fused = torch.empty((num_rows, width) if width else (num_rows,), dtype=dtype, device=self._device)
         start = 0
         for tensor in tensors:
-            stop = start + len(tensor.rows)
-            self._read(tensor, fused[start:stop], tensor.rows.start)
-            start = stop
+            for run in tensor.rows:
+                stop = start + len(run)
+                self._read(tensor, fused[start:stop], run.start)
+                start = stop
         return fused
 
     def _read(self, tensor: Tensor, destination: torch.Tensor, first_row: int) -> None:
@@ -100,12 +101,12 @@ class ParameterReader:
                 destination,
                 transfer=self._transfer,
                 first_row=first_row,
-                first_column=tensor.columns.start,
+                columns=tensor.columns,
             )
 
     def _quantized(self, form: Form, tensors: Sequence[Tensor]) -> QuantizedMatrix:
-        num_rows = sum(len(tensor.rows) for tensor in tensors)
-        matrix = form.layout.empty(num_rows, len(tensors[0].columns), self._device)
+        num_rows = sum(tensor.num_rows for tensor in tensors)
+        matrix = form.layout.empty(num_rows, tensors[0].num_columns, self._device)
         if self._device.type == "meta":
             return matrix
         start = 0
@@ -121,16 +122,16 @@ class ParameterReader:
 
     def _runs(self, form: Form, tensor: Tensor) -> Iterator[QuantizedMatrix]:
         """Yield runs of rows in the layout of the device."""
-        rows, columns = tensor.rows, tensor.columns
-        step = max(1, RUN_ELEMENTS // len(columns))
-        for start in range(rows.start, rows.stop, step):
+        step = max(1, RUN_ELEMENTS // tensor.num_columns)
+        starts = ((rows, start) for rows in tensor.rows for start in range(rows.start, rows.stop, step))
+        for rows, start in starts:
             run = range(start, min(start + step, rows.stop))
             if isinstance(form.format, RoundedFormat):
-                piece = torch.empty((len(run), len(columns)), dtype=self._dtype, device=self._device)
+                piece = torch.empty((len(run), tensor.num_columns), dtype=self._dtype, device=self._device)
                 self._read(tensor, piece, start)
                 yield form.format.quantize(piece)
             else:
-                yield self._source.read_quantized(tensor.name, run, columns, self._to_device)
+                yield self._source.read_quantized(tensor.name, run, tensor.columns, self._to_device)
 
     def _to_device(self, stored: torch.Tensor) -> torch.Tensor:
         there = torch.empty(stored.shape, dtype=stored.dtype, device=self._device)

@@ -69,14 +69,16 @@ def forms(matrix: Matrix, kinds: Mapping[str, StoredKind], quant: str) -> tuple[
         if quant != STORED:
             format: StoredFormat | RoundedFormat | None = ROUNDED_FORMATS[quant] if matrix.rounded else None
         elif isinstance(kind, Scheme):
-            layout = None if matrix.num_experts and kind.ordered else kind.layout(columns)
+            is_scattered = (matrix.num_experts and kind.ordered) or len(columns) > 1
+            layout = None if is_scattered else kind.layout(columns[0])
             return None if layout is None else Form(kind, layout)
         else:
             format = None if kind is None else STORED_FORMATS.get(kind.name)
         if format is None:
             return None
-        unit = format.unit(len(columns))
-        return None if columns.start % unit or columns.stop % unit else Form(format, format.layout(len(columns)))
+        unit = format.unit(tensor.num_columns)
+        is_cut = any(run.start % unit or run.stop % unit for run in columns)
+        return None if is_cut else Form(format, format.layout(tensor.num_columns))
 
     if quant == NONE or not matrix.quantised:
         return (None,) * len(matrix.tensors)
@@ -95,9 +97,9 @@ def weights_bytes(config: ModelConfig, dtype: str, quant: str, shard: Shard = WH
             case Vector():
                 num_floats += parameter.num_elements
             case Matrix():
-                num_floats += sum(len(bias.rows) for bias in parameter.biases)
+                num_floats += sum(bias.num_rows for bias in parameter.biases)
                 for form, tensor in zip(forms(parameter, config.tensor_kinds, quant), parameter.tensors, strict=True):
-                    rows, columns = len(tensor.rows), len(tensor.columns)
+                    rows, columns = tensor.num_rows, tensor.num_columns
                     if form is None:
                         num_floats += rows * columns
                     else:

@@ -19,6 +19,7 @@ from neuron.formats.matrix import QuantizedMatrix, chosen_rows
 from neuron.formats.registry import STORED_FORMATS
 from neuron.formats.scheme import Scheme
 from neuron.layers.parameters import Tensor
+from neuron.layers.shard import Runs
 from neuron.models.config import config_from_folder, config_from_gguf
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
 from neuron.models.fields import FACTORS
@@ -93,6 +94,12 @@ def stored_rows(order: tuple[int, ...], start: int, stop: int) -> np.ndarray[Any
     return stored
 
 
+def chosen_columns(matrix: torch.Tensor, columns: Runs, width: int) -> torch.Tensor:
+    """Return ``columns`` of a matrix, the first ``width`` unless given; a view where they are one run."""
+    parts = [matrix[:, run.start : run.stop] for run in columns or (range(width),)]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
 class WeightSource(Protocol):
     """Open checkpoint."""
 
@@ -108,18 +115,18 @@ class WeightSource(Protocol):
         *,
         transfer: Transfer = ON_HOST,
         first_row: int = 0,
-        first_column: int = 0,
+        columns: Runs = (),
     ) -> None:
         """Copy a part of a tensor into ``destination``, of any float dtype and device.
 
-        ``destination`` is contiguous, and has the part's shape.
+        ``destination`` is contiguous, and has the part's shape. Unless given, ``columns`` of a matrix are its first.
         """
 
     def read_stored(self, name: str) -> "StoredTensor | None":
         """Return a tensor as stored in the file, without a copy; ``None`` if it is not in a GGUF kind."""
 
     def read_quantized(
-        self, name: str, rows: range, columns: range, move: Callable[[torch.Tensor], torch.Tensor]
+        self, name: str, rows: range, columns: Runs, move: Callable[[torch.Tensor], torch.Tensor]
     ) -> QuantizedMatrix:
         """Return a part of a tensor that the device has in a quantised form; ``move`` copies stored bytes there."""
 
@@ -218,17 +225,18 @@ class SafetensorsSource:
         *,
         transfer: Transfer = ON_HOST,
         first_row: int = 0,
-        first_column: int = 0,
+        columns: Runs = (),
     ) -> None:
         """Copy from the mapped file, with conversion, in one pass, or expand a quantised weight run by run."""
         if name in self._schemes:
             width = destination.shape[1]
-            span, step = range(first_column, first_column + width), max(1, PIECE_ELEMENTS // width)
+            spans, step = columns or (range(width),), max(1, PIECE_ELEMENTS // width)
             for start in range(0, len(destination), step):
                 part = destination[start : start + step]
                 run, places = self._stored_run(name, range(first_row + start, first_row + start + len(part)))
                 with self._naming(name):
-                    expanded = self._schemes[name].expand(self._take(name), run, span)
+                    parts = [self._schemes[name].expand(self._take(name), run, span) for span in spans]
+                expanded = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
                 transfer.copy(expanded if places is None else expanded[places], part)
             return
         entry = self._entries[name]
@@ -237,13 +245,9 @@ class SafetensorsSource:
         tensor, order = self._mapped(entry), self._declared[name].order
         if order:
             part = tensor[stored_rows(order, first_row, first_row + len(destination))]
-            part = part if part.ndim == 1 else part[:, first_column : first_column + destination.shape[1]]
-        elif destination.ndim == 1:
-            part = tensor[first_row : first_row + len(destination)]
         else:
-            rows, columns = destination.shape
-            part = tensor[first_row : first_row + rows, first_column : first_column + columns]
-        transfer.copy(part, destination)
+            part = tensor[first_row : first_row + len(destination)]
+        transfer.copy(part if part.ndim == 1 else chosen_columns(part, columns, destination.shape[1]), destination)
         if self._declared[name].less_one:
             destination.add_(1)
         elif self._declared[name].log_of_negative:
@@ -266,12 +270,13 @@ class SafetensorsSource:
         return None if kind is None else StoredTensor(kind, self._files.read(entry), self._declared[name].order)
 
     def read_quantized(
-        self, name: str, rows: range, columns: range, move: Callable[[torch.Tensor], torch.Tensor]
+        self, name: str, rows: range, columns: Runs, move: Callable[[torch.Tensor], torch.Tensor]
     ) -> QuantizedMatrix:
         """Unpack a run of rows."""
         run, places = self._stored_run(name, rows)
         with self._naming(name):
-            matrix = self._schemes[name].read(self._take(name, move), run, columns)
+            (span,) = columns
+            matrix = self._schemes[name].read(self._take(name, move), run, span)
         if places is None:
             return matrix
         there = places.to(matrix.quants.device)
@@ -344,7 +349,7 @@ class GgufSource:
         *,
         transfer: Transfer = ON_HOST,
         first_row: int = 0,
-        first_column: int = 0,
+        columns: Runs = (),
     ) -> None:
         """Dequantise into ``destination``, piece by piece."""
         tensor = self._tensors[name]
@@ -353,12 +358,13 @@ class GgufSource:
             transfer.copy(values[first_row : first_row + len(destination)], destination)
             return
         stored, (num_rows, num_columns) = self.read_stored(name), tensor.shape
-        step = len(destination) if stored.kind in FLOATS else max(1, PIECE_ELEMENTS // num_columns)
+        in_place = stored.kind in FLOATS and len(columns) < 2
+        step = len(destination) if in_place else max(1, PIECE_ELEMENTS // num_columns)
         for start in range(0, len(destination), step):
             part = destination[start : start + step]
             first = first_row + start
             values = stored.values(num_rows, first, first + len(part)).view(len(part), num_columns)
-            transfer.copy(values[:, first_column : first_column + part.shape[1]], part)
+            transfer.copy(chosen_columns(values, columns, part.shape[1]), part)
 
     def read_stored(self, name: str) -> StoredTensor:
         """Return the mapped blocks."""
@@ -367,13 +373,14 @@ class GgufSource:
         return StoredTensor(TensorKind(tensor.kind), packed, order, self._scale(tensor))
 
     def read_quantized(
-        self, name: str, rows: range, columns: range, move: Callable[[torch.Tensor], torch.Tensor]
+        self, name: str, rows: range, columns: Runs, move: Callable[[torch.Tensor], torch.Tensor]
     ) -> QuantizedMatrix:
         """Copy a run of rows of blocks, and repack it on the device."""
         stored, format = self.read_stored(name), STORED_FORMATS[name_of(self._tensors[name].kind)]
         num_rows, (block, block_bytes) = self._tensors[name].shape[0], (format.block, format.block_bytes)
         blocks = stored.rows(num_rows, rows.start, rows.stop).reshape(len(rows), -1, block_bytes)
-        chosen = blocks[:, columns.start // block : columns.stop // block].reshape(-1, block_bytes)
+        runs = [blocks[:, run.start // block : run.stop // block] for run in columns]
+        chosen = (np.concatenate(runs, 1) if len(runs) > 1 else runs[0]).reshape(-1, block_bytes)
         matrix = format.read(move(from_file(chosen)), len(rows))
         if matrix.super_scales is not None and stored.scale != 1:
             matrix.super_scales.mul_(stored.scale)

@@ -7,11 +7,13 @@ block behind the others.
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from gguf_blocks import stored_as
 from safetensors.torch import load_file
 
 Array = np.ndarray[Any, Any]
@@ -36,22 +38,32 @@ TOKEN_TYPES = {"normal": 1, "special": 3, "added": 4}
 
 
 def write_gguf(
-    folder: pathlib.Path, path: pathlib.Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+    folder: pathlib.Path,
+    path: pathlib.Path,
+    kind: Kind | Callable[[str], Kind] = Kind.F32,
+    *,
+    tensors_of_part: int = 0,
+    expanded: bool = False,
 ) -> pathlib.Path:
-    """Write the model of a folder, its matrices as a ``kind`` of tensor, and its tokenizer if it has one."""
+    """Write the model of a folder, and its tokenizer if it has one.
+
+    Its matrices are of a ``kind``, or of one by their names; with ``expanded`` they hold the numbers of that kind as
+    float32. ``tensors_of_part`` splits the file.
+    """
     values = json.loads((folder / "config.json").read_text())
     tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
     num_drafting = int("mtp.fc.weight" in tensors)
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[values["model_type"]])
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[values["model_type"]], split_max_tensors=tensors_of_part)
     _add_settings(writer, values, num_drafting)
     if (folder / "tokenizer.json").exists():
         _add_tokenizer(writer, folder)
     for name, array in _gguf_tensors(values, tensors):
         packs = array.ndim > 1 and not name.removesuffix(".weight").endswith(PLAIN)
-        if packs and kind != gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, array)
+        own = Kind.F32 if not packs else kind if isinstance(kind, Kind) else kind(name)
+        stored = stored_as(np.ascontiguousarray(array), own)
+        if expanded:
+            stored, own = gguf.quants.dequantize(stored, own), Kind.F32
+        writer.add_tensor(name, stored, raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -38,10 +38,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Class of each kind of model, and its differences."""
 
 
-def make_model(kind: str, folder: pathlib.Path) -> pathlib.Path:
-    """Write a model to ``folder``, and return this."""
+def make_model(kind: str, folder: pathlib.Path, **sizes: Any) -> pathlib.Path:
+    """Write a model of a kind, with other ``sizes`` where given, to ``folder``, and return this."""
     name, changes = MODELS[kind]
-    values = {**CONFIG, **changes}
+    values = {**CONFIG, **changes, **sizes}
     if "Moe" in name:
         del values["intermediate_size"]
     config_name = name + ("Config" if name == "Qwen3Next" else "TextConfig")

@@ -7,6 +7,7 @@ without a GPU's toolkit: their packing is written down here from its public layo
 import inspect
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ Written = tuple[dict[str, torch.Tensor], torch.Tensor]
 Writer = Callable[..., Written]
 """Function of a weight ``[N, K]``, or of a weight and its name."""
 
+PROJECTION = re.compile(r"_proj(_\w+)?\.weight$")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -34,7 +36,7 @@ def quantised_copy(
     shutil.copytree(folder, target, dirs_exist_ok=True)
     takes_name, stored, expected = len(inspect.signature(write).parameters) > 1, {}, {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        if not name.endswith("_proj.weight") or plain(name):
+        if not PROJECTION.search(name) or plain(name):
             stored[name] = expected[name] = tensor
             continue
         pieces, expected[name] = write(tensor.float(), *([name] if takes_name else []))

@@ -145,6 +145,13 @@ def test_the_parts_of_ranks_are_the_whole(case: Any, num_ranks: int) -> None:
     parts = [delta.cache(Shard(rank, num_ranks)).tensors[1].shape[0] for rank in range(num_ranks)]
     assert sum(parts) == delta.num_value_heads
     rows = [delta.parameters(Shard(rank, num_ranks))["output"].tensors[0].columns for rank in range(num_ranks)]
-    assert [i for run in rows for i in run] == list(range(delta.num_value_heads * delta.value_dim))
-    with pytest.raises(ApiError, match="load the safetensors instead"):
-        dataclasses.replace(delta, tiled=True, num_value_heads=2 * delta.num_key_heads).cache(Shard(0, num_ranks))
+    assert [i for runs in rows for run in runs for i in run] == list(range(delta.num_value_heads * delta.value_dim))
+    tiled = dataclasses.replace(delta, tiled=True, joins_inputs=False, joins_gates=False)
+    rows = [tiled.parameters(Shard(rank, num_ranks))["output"].tensors[0].columns for rank in range(num_ranks)]
+    for rank, runs in enumerate(rows):
+        own = Shard(rank, num_ranks).kv_heads(delta.num_key_heads)
+        heads = [i // delta.value_dim for run in runs for i in run][:: delta.value_dim]
+        assert [head % delta.num_key_heads for head in heads] == [own[i % len(own)] for i in range(len(heads))]
+    assert sorted(i for runs in rows for run in runs for i in run) == list(
+        range(delta.num_value_heads * delta.value_dim)
+    )

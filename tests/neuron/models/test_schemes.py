@@ -124,9 +124,10 @@ def logits_of(folder: pathlib.Path, weights: dict[str, torch.Tensor] | None = No
 def prefill(weights: decoder.DecoderWeights, config: ModelConfig) -> torch.Tensor:
     batch, pages = random_batch([(len(PROMPT), len(PROMPT))], HOST)
     arrays = (batch.cu_seqlens.numpy(), batch.page_table.numpy(), batch.context_lens.numpy())
-    batch = dataclasses.replace(batch, parts=attention_parts(*arrays, 16, HOST, 0))
-    num_pages = [pages] * len(config.layers)
-    caches = decoder.new_caches(config, num_pages, 0, torch.float32, lambda shape, _: torch.zeros(shape)).layers
+    slots = torch.tensor([1], dtype=torch.int32)
+    batch = dataclasses.replace(batch, parts=attention_parts(*arrays, 16, HOST, 0), state_slots=slots)
+    num_pages, make = [pages] * len(config.layers), lambda shape, dtype: torch.zeros(shape, dtype=dtype)
+    caches = decoder.new_caches(config, num_pages, 2, torch.float32, make).layers
     forward = decoder.Decoder(config, weights, EAGER)
     return forward.logits(forward.hidden(PROMPT, [batch] * len(caches), caches))
 
@@ -165,7 +166,7 @@ def test_expanded_weights_are_the_same(checkpoint: Checkpoint) -> None:
         source.read_into(name, found)
         torch.testing.assert_close(found, checkpoint.expected[name], rtol=1e-6, atol=1e-7)
     name, part = "model.layers.1.mlp.down_proj.weight", torch.empty(100, 70)
-    source.read_into(name, part, first_row=33, first_column=50)
+    source.read_into(name, part, first_row=33, columns=(range(50, 120),))
     torch.testing.assert_close(part, checkpoint.expected[name][33:133, 50:120], rtol=1e-6, atol=1e-7)
     source.close()
 
@@ -215,10 +216,9 @@ def test_parts_of_ranks_are_parts_of_the_weights(name: str, floats: pathlib.Path
         for layer, parameters in zip(weights.layers, declared[1:-1], strict=True):
             for key in layer.keys() & {"qkv", "output", "gate_up", "down"}:
                 parts = [
-                    expected[tensor.name][
-                        tensor.rows.start : tensor.rows.stop, tensor.columns.start : tensor.columns.stop
-                    ]
+                    expected[tensor.name][rows.start : rows.stop, columns.start : columns.stop]
                     for tensor in parameters[key].tensors
+                    for rows, columns in [(*tensor.rows, *tensor.columns)]
                 ]
                 torch.testing.assert_close(dense(layer[key].weight), torch.cat(parts), rtol=1e-6, atol=1e-7)
     source.close()
