@@ -3,11 +3,11 @@
 import logging
 import re
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from cortex.dialects.parameters import add_header
+from cortex.dialects.parameters import Call, add_header
 from cortex.http_io import Exchange
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.headers import IGNORED, MODEL_NAME, OMITTED_PARTS, PRINCIPAL, PRIORITY, requested_model_name
@@ -19,18 +19,10 @@ _PRIORITY = re.compile(rb"[+-]?[0-9]{1,9}")
 _Request = TypeVar("_Request", InferenceRequest, EmbeddingRequest)
 
 
-class Call(Protocol):
-    """A decoded body of any dialect."""
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Unknown members of the body."""
-
-
 def report_call(exchange: Exchange, call: Call) -> None:
     """Report unknown members of the body, and the number of omitted content parts, in the answer's headers."""
-    if num_omitted := getattr(call, "num_omitted", 0):
-        add_header(exchange.extra_headers, OMITTED_PARTS, b"%d" % num_omitted)
+    if call.num_omitted:
+        add_header(exchange.extra_headers, OMITTED_PARTS, b"%d" % call.num_omitted)
     report_ignored(exchange, call.ignored)
 
 

@@ -13,7 +13,17 @@ from cortex.wire.request import Tool
 
 _DATED = re.compile(r"(?P<kind>bash|text_editor|memory|computer)_(?P<date>20[0-9]{6})")
 _TEXT: dict[str, Any] = {"type": "string"}
-_POINT: dict[str, Any] = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+_INTEGER: dict[str, Any] = {"type": "integer"}
+_POINT: dict[str, Any] = {"type": "array", "items": _INTEGER, "minItems": 2, "maxItems": 2}
+_FILE: dict[str, Any] = {
+    "path": _TEXT,
+    "view_range": {"type": "array", "items": _INTEGER},
+    "file_text": _TEXT,
+    "old_str": _TEXT,
+    "new_str": _TEXT,
+    "insert_line": _INTEGER,
+}
+"""Fields of the tools that edit files."""
 
 
 def client_tool(type: str | None, name: str | None, settings: Mapping[str, Any]) -> Tool | None:
@@ -53,33 +63,13 @@ _MEMORY = (
 def _editor(date: int) -> dict[str, Any]:
     commands = ["view", "create", "str_replace", "insert", *(["undo_edit"] if date < 20250429 else [])]
     inserted = {"insert_text": _TEXT} if date >= 20250728 else {}
-    fields = {
-        "command": {"type": "string", "enum": commands},
-        "path": _TEXT,
-        "view_range": {"type": "array", "items": {"type": "integer"}},
-        "file_text": _TEXT,
-        "old_str": _TEXT,
-        "new_str": _TEXT,
-        "insert_line": {"type": "integer"},
-        **inserted,
-    }
-    return _object(fields, "command", "path")
+    return _object({"command": _one_of(commands)} | _FILE | inserted, "command", "path")
 
 
 def _memory() -> dict[str, Any]:
-    fields = {
-        "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]},
-        "path": _TEXT,
-        "view_range": {"type": "array", "items": {"type": "integer"}},
-        "file_text": _TEXT,
-        "old_str": _TEXT,
-        "new_str": _TEXT,
-        "insert_line": {"type": "integer"},
-        "insert_text": _TEXT,
-        "old_path": _TEXT,
-        "new_path": _TEXT,
-    }
-    return _object(fields, "command")
+    commands = ["view", "create", "str_replace", "insert", "delete", "rename"]
+    moved = {"insert_text": _TEXT, "old_path": _TEXT, "new_path": _TEXT}
+    return _object({"command": _one_of(commands)} | _FILE | moved, "command")
 
 
 def _computer(date: int) -> dict[str, Any]:
@@ -92,14 +82,14 @@ def _computer(date: int) -> dict[str, Any]:
         actions += ["left_mouse_down", "left_mouse_up", "scroll", "hold_key", "wait", "triple_click"]
         fields |= {
             "start_coordinate": _POINT,
-            "scroll_direction": {"type": "string", "enum": ["up", "down", "left", "right"]},
-            "scroll_amount": {"type": "integer"},
+            "scroll_direction": _one_of(["up", "down", "left", "right"]),
+            "scroll_amount": _INTEGER,
             "duration": {"type": "number"},
         }
     if date >= 20251124:
         actions.append("zoom")
-        fields["region"] = {"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 4}
-    fields["action"] = {"type": "string", "enum": actions}
+        fields["region"] = {"type": "array", "items": _INTEGER, "minItems": 4, "maxItems": 4}
+    fields["action"] = _one_of(actions)
     return _object(fields, "action")
 
 
@@ -110,6 +100,10 @@ def _computer_description(settings: Mapping[str, Any]) -> str:
         "Use a computer by its screen, mouse and keyboard. `screenshot` shows the screen; clicks and moves take a "
         "`coordinate` of two pixels from the upper left; `key` and `type` take `text`, as `hold_key` does." + size
     )
+
+
+def _one_of(texts: list[str]) -> dict[str, Any]:
+    return {"type": "string", "enum": texts}
 
 
 def _object(fields: dict[str, Any], *required: str) -> dict[str, Any]:

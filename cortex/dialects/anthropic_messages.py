@@ -17,7 +17,7 @@ from cortex.dialects import openai_fields as fields
 from cortex.dialects.anthropic_client_tools import client_tool
 from cortex.dialects.generation import GenerationBody
 from cortex.dialects.omitted_parts import readable
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Call, Parameters
 from cortex.wire.errors import InvalidRequestError, ThreadUnsupportedError
 from cortex.wire.request import (
     InferenceRequest,
@@ -30,15 +30,11 @@ from cortex.wire.request import (
 MAX_STOP_SEQUENCES = 64
 
 
-class MessagesCall(msgspec.Struct, frozen=True):
+class MessagesCall(Call, frozen=True):
     """A decoded call."""
 
     request: InferenceRequest
     stream: bool
-    ignored: tuple[str, ...] = ()
-    """Unknown members of the body."""
-    num_omitted: int = 0
-    """Number of content parts of earlier messages that were replaced by text."""
 
 
 class _Tool(msgspec.Struct):
@@ -140,7 +136,7 @@ def decode(body: bytes) -> MessagesCall:
         output_format=parsed.form(_output_format(parsed), "output_config.format"),
         thinking=_thinking(parsed.thinking),
     )
-    return MessagesCall(request, bool(parsed.stream), (*ignored, *hosted), num_omitted)
+    return MessagesCall(request, bool(parsed.stream), ignored=(*ignored, *hosted), num_omitted=num_omitted)
 
 
 def _tools(bodies: Sequence[_Tool]) -> tuple[tuple[Tool, ...], tuple[str, ...]]:

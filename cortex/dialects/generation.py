@@ -132,34 +132,23 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         """Yield the formats of other servers' parameters, after the parameter's name."""
         structured = self.structured_outputs or StructuredOutputs()
         refuse((("structured_outputs.structural_tag", structured.structural_tag is not None),))
-        schemas = {
-            "structured_outputs.json": structured.json,
-            "guided_json": self.guided_json,
-            "json_schema": self.json_schema,
-        }
-        for name, schema in schemas.items():
-            if schema is not None:
-                text = schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
-                yield name, OutputFormat(FormatKind.JSON_SCHEMA, text)
-        if structured.json_object:
-            yield "structured_outputs.json_object", OutputFormat(FormatKind.JSON_OBJECT)
-        expressions = {
-            "structured_outputs.regex": structured.regex,
-            "guided_regex": self.guided_regex,
-            "regex": self.regex,
-        }
-        for name, expression in expressions.items():
-            if expression is not None:
-                yield name, OutputFormat(FormatKind.REGEX, expression)
-        grammars = {
-            "structured_outputs.grammar": structured.grammar,
-            "guided_grammar": self.guided_grammar,
-            "ebnf": self.ebnf,
-            "grammar": self.grammar,
-        }
-        for name, grammar in grammars.items():
-            if grammar is not None:
-                yield name, OutputFormat(FormatKind.GRAMMAR, grammar)
+        asked: tuple[tuple[str, FormatKind, Schema | None], ...] = (
+            ("structured_outputs.json", FormatKind.JSON_SCHEMA, structured.json),
+            ("guided_json", FormatKind.JSON_SCHEMA, self.guided_json),
+            ("json_schema", FormatKind.JSON_SCHEMA, self.json_schema),
+            ("structured_outputs.json_object", FormatKind.JSON_OBJECT, "" if structured.json_object else None),
+            ("structured_outputs.regex", FormatKind.REGEX, structured.regex),
+            ("guided_regex", FormatKind.REGEX, self.guided_regex),
+            ("regex", FormatKind.REGEX, self.regex),
+            ("structured_outputs.grammar", FormatKind.GRAMMAR, structured.grammar),
+            ("guided_grammar", FormatKind.GRAMMAR, self.guided_grammar),
+            ("ebnf", FormatKind.GRAMMAR, self.ebnf),
+            ("grammar", FormatKind.GRAMMAR, self.grammar),
+        )
+        for name, kind, source in asked:
+            if source is not None:
+                text = source if isinstance(source, str) else msgspec.json.encode(source).decode()
+                yield name, OutputFormat(kind, text)
         choices = {"structured_outputs.choice": structured.choice, "guided_choice": self.guided_choice}
         for name, choice in choices.items():
             if choice is not None:

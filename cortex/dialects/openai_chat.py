@@ -14,7 +14,7 @@ from cortex.dialects.answered_calls import OpenCalls
 from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
 from cortex.dialects.omitted_parts import readable
 from cortex.dialects.openai_chat_tools import ChoiceBody, ToolBody, chosen, offered
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Call, Parameters
 from cortex.wire.errors import InvalidRequestError, ToolCallNotFoundError
 from cortex.wire.request import (
     InferenceRequest,
@@ -27,16 +27,12 @@ from cortex.wire.request import (
 )
 
 
-class ChatCall(msgspec.Struct, frozen=True):
+class ChatCall(Call, frozen=True):
     """A decoded call: the request to the model, and the form of the response."""
 
     request: InferenceRequest
     stream: bool
     include_usage: bool
-    ignored: tuple[str, ...] = ()
-    """Unknown members of the body."""
-    num_omitted: int = 0
-    """Number of content parts of earlier messages that were replaced by text."""
     custom: frozenset[str] = frozenset()
     """Names of custom tools, whose calls carry an input."""
 
@@ -207,7 +203,9 @@ def decode(body: bytes) -> ChatCall:
     )
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
     reported = (*ignored, *tools.hosted)
-    return ChatCall(request, bool(parsed.stream), include_usage, reported, num_omitted, tools.custom)
+    return ChatCall(
+        request, bool(parsed.stream), include_usage, tools.custom, ignored=reported, num_omitted=num_omitted
+    )
 
 
 def _messages(bodies: Sequence[_MessageBody]) -> tuple[Message, ...]:

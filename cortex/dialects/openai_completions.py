@@ -12,7 +12,7 @@ import msgspec
 
 from cortex.dialects import openai_fields as fields
 from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Call, Parameters
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import InferenceRequest
 
@@ -23,15 +23,13 @@ MAX_LOGPROBS = 20
 MAX_TOKEN_ID = (1 << 31) - 1
 
 
-class CompletionCall(msgspec.Struct, frozen=True):
+class CompletionCall(Call, frozen=True):
     """A decoded call."""
 
     requests: tuple[InferenceRequest, ...]
     """A request for each prompt, otherwise equal."""
     stream: bool
     include_usage: bool
-    ignored: tuple[str, ...] = ()
-    """Unknown members of the body."""
 
     @property
     def request(self) -> InferenceRequest:
@@ -113,7 +111,7 @@ def decode(body: bytes) -> CompletionCall:
     )
     requests = tuple(msgspec.structs.replace(request, prompt=prompt) for prompt in prompts)
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
-    return CompletionCall(requests, bool(parsed.stream), include_usage, ignored)
+    return CompletionCall(requests, bool(parsed.stream), include_usage, ignored=ignored)
 
 
 def _top_logprobs(asked: int | bool | None) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import msgspec
 
 from cortex.dialects import openai_fields as fields
-from cortex.dialects.parameters import Parameters
+from cortex.dialects.parameters import Call, Parameters
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import EmbeddingRequest
 
@@ -23,13 +23,11 @@ MAX_VALUES = 4_000_000
 """Greatest number of token ids of all inputs together."""
 
 
-class EmbeddingCall(msgspec.Struct, frozen=True):
+class EmbeddingCall(Call, frozen=True):
     """A decoded call."""
 
     request: EmbeddingRequest
     is_base64: bool
-    ignored: tuple[str, ...] = ()
-    """Unknown members of the body."""
 
 
 class EmbeddingBody(msgspec.Struct, kw_only=True):
@@ -80,7 +78,7 @@ def decode(body: bytes) -> EmbeddingCall:
         inputs=_inputs(parsed.input),
         dimensions=fields.in_range("dimensions", parsed.dimensions, 1, 1 << 31),
     )
-    return EmbeddingCall(request, parsed.encoding_format == "base64", ignored)
+    return EmbeddingCall(request, parsed.encoding_format == "base64", ignored=ignored)
 
 
 def _inputs(given: str | list[str | int | list[int]]) -> tuple[str | tuple[int, ...], ...]:

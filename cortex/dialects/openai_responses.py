@@ -19,7 +19,7 @@ from cortex.dialects.generation import GenerationBody
 from cortex.dialects.omitted_parts import readable
 from cortex.dialects.openai_items import Item, messages_of
 from cortex.dialects.openai_tools import OfferedTools
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Call, Parameters
 from cortex.dialects.passthrough import ResponseContext
 from cortex.wire.errors import ChainedConversationError, InvalidRequestError
 from cortex.wire.request import (
@@ -30,7 +30,7 @@ from cortex.wire.request import (
 )
 
 
-class ResponsesCall(msgspec.Struct, frozen=True):
+class ResponsesCall(Call, frozen=True):
     """A decoded call. ``echo`` is a JSON object of the request fields that every response object repeats."""
 
     request: InferenceRequest
@@ -41,10 +41,6 @@ class ResponsesCall(msgspec.Struct, frozen=True):
     """Whether reasoning is returned as a summary."""
     seals: bool
     """Whether reasoning is returned as ``encrypted_content``."""
-    ignored: tuple[str, ...] = ()
-    """Unknown members of the body."""
-    num_omitted: int = 0
-    """Number of content parts of earlier messages that were replaced by text."""
 
     def echoed(self, context: ResponseContext) -> bytes:
         """Return :attr:`echo` with the members that the gateway decides."""

@@ -28,6 +28,16 @@ from cortex.wire.headers import IGNORED
 
 T = TypeVar("T")
 
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """A decoded body of any dialect."""
+
+    ignored: tuple[str, ...] = ()
+    """Unknown members of the body."""
+    num_omitted: int = 0
+    """Number of content parts of earlier messages that were replaced by text."""
+
+
 MAX_VALUES = 500_000
 """Values in one body: strings, numbers, objects and lists. A million lists held an event loop for 0.34 s."""
 
