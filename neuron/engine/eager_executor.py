@@ -33,6 +33,7 @@ class EagerExecutor:
         positions, context_lens = self._to_device(plan.positions), self._to_device(plan.context_lens)
         cu_seqlens = self._to_device(plan.cu_seqlens)
         state_slots = self._to_device(plan.state_slots) if len(plan.state_slots) else None
+        replays = self._to_device(plan.replays) if len(plan.replays) else None
         batches = [
             Batch(
                 positions=positions,
@@ -42,7 +43,9 @@ class EagerExecutor:
                 context_lens=context_lens,
                 num_decodes=plan.num_decodes,
                 parts=self._parts(plan, page_table, window),
+                num_drafting=plan.num_drafting,
                 state_slots=state_slots,
+                replays=replays,
             )
             for slot_mapping, page_table, window in zip(
                 plan.slot_mappings, plan.page_tables, self.caches.windows, strict=True

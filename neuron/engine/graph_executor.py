@@ -192,5 +192,5 @@ def buckets(most: int) -> list[int]:
 
 def _is_decode(plan: StepPlan) -> bool:
     rows: Int32Array = plan.token_ids
-    has_more = len(plan.hidden_rows) or plan.state_loads.size or plan.state_saves.size
+    has_more = len(plan.hidden_rows) or plan.state_loads.size or plan.state_saves.size or len(plan.replays)
     return len(rows) == plan.num_decodes == len(plan.sampled) and not has_more

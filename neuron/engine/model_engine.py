@@ -32,8 +32,9 @@ from neuron.engine.multi_step import MultiStep
 from neuron.engine.plan import StepPlan, build_plan
 from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import Float32Array, Sequence, SequenceStatus
-from neuron.engine.speculation import MAX_DRAFTS, Drafter, PromptLookup, Speculation
+from neuron.engine.speculation import Drafter, PromptLookup, Speculation
 from neuron.engine.step_timer import StepTimer
+from neuron.layers.cache import MAX_DRAFTS
 from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.text import tokenizer
@@ -109,13 +110,8 @@ class ModelEngine:
             )
         )
         if plan.states is not None:
-            speculates = False  # a state cannot be cut back to the accepted tokens
-            logger.info(
-                "%s keeps a state of %d bytes for each sequence, in %d slots, and has no draft tokens",
-                name,
-                plan.states.slot_bytes,
-                plan.states.num_slots,
-            )
+            size_bytes, count = plan.states.slot_bytes, plan.states.num_slots
+            logger.info("%s keeps a state of %d bytes for each sequence, in %d slots", name, size_bytes, count)
         drafter: Drafter = PromptLookup()
         if speculates and draft is not None:
             drafter = DraftModel(draft, self.scheduler.cache.page_tables, PAGE_TOKENS, plan.step_tokens)
@@ -162,8 +158,8 @@ class ModelEngine:
         """
         output = StepOutput()
         is_multi_step = alone and self._multi_step.allows(self.scheduler.running.values())
-        if is_multi_step:
-            self._settle(output)  # it begins with tokens that the host knows
+        if is_multi_step or (self._launched and self.speculation.waits()):
+            self._settle(output)  # the next step begins with tokens that the host knows
         self._admit(output)
         num_ahead = self._launch(self._schedule(is_multi_step), output)
         self._settle(output, num_ahead)

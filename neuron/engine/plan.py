@@ -55,15 +55,19 @@ class StepPlan:
     targets: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
     """``[R]``, or empty where there are none: the next token of a prompt's row, to be scored instead of drawn; -1
     for a row that is drawn."""
+    num_drafting: int = 0
+    """Number of sequences behind the decodes that have draft tokens."""
     state_slots: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
     """``[B]``, or empty where no layer keeps a state: the state slot of each sequence."""
     state_loads: Int32Array = dataclasses.field(default_factory=lambda: NO_COPIES)
     """``[2, N]``: copies of states before the step, from and to; from 0 stands for zeros."""
     state_saves: Int32Array = dataclasses.field(default_factory=lambda: NO_COPIES)
     """``[2, N]``: copies of states behind the step, from and to."""
+    replays: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
+    """``[B]``, or empty where there are none: the accepted draft tokens that each sequence's state is still without."""
 
 
-FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "slot")
+FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "slot", "num_replays")
 
 
 def build_plan(step: Step, cache: Cache) -> StepPlan:
@@ -71,7 +75,7 @@ def build_plan(step: Step, cache: Cache) -> StepPlan:
     sequences, page_tokens = step.sequences, cache.page_tokens
     num_decodes = step.num_decodes
     counts = np.array(step.num_tokens, np.int32)
-    starts, num_prompt, num_fill, slots = np.array([FIELDS(sequence) for sequence in sequences], np.int32).T
+    starts, num_prompt, num_fill, slots, replays = np.array([FIELDS(sequence) for sequence in sequences], np.int32).T
     cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
     context_lens = starts + counts
@@ -122,9 +126,11 @@ def build_plan(step: Step, cache: Cache) -> StepPlan:
         num_steps=step.num_steps,
         stops=_stops(sequences) if step.num_steps > 1 else np.empty((len(sequences), 0), np.int32),
         targets=targets,
+        num_drafting=step.num_drafting,
         state_slots=NO_TOKENS if states is None else states.slots[slots],
         state_loads=NO_COPIES if states is None else states.loads(slots.tolist()),
         state_saves=NO_COPIES if states is None else states.saves(slots.tolist(), context_lens.tolist()),
+        replays=NO_TOKENS if states is None or not replays.any() else replays,
     )
 
 

@@ -133,6 +133,7 @@ class Scheduler:
         self._slots.append(sequence.slot)
         self.cache.remove(sequence)
         sequence.num_computed = sequence.num_settled = sequence.num_awaited = sequence.num_drafted = 0
+        sequence.num_replays = 0
         sequence.drafts, sequence.pooled = NO_TOKENS, None
 
     # -------------------------------------------------------------- admission
@@ -298,6 +299,7 @@ class Scheduler:
             self.cache.states.begin(sequence.slot for sequence in step.sequences)
         row = 0
         for index, (sequence, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
+            sequence.num_replays = 0
             if index < step.num_decodes + step.num_drafting:
                 # The cache entries of its draft tokens count once these are accepted.
                 sequence.num_computed += 1

@@ -61,6 +61,7 @@ class Sequence:
         "num_fill",
         "num_prompt",
         "num_published",
+        "num_replays",
         "num_scored",
         "num_settled",
         "num_tokens",
@@ -116,6 +117,8 @@ class Sequence:
         self.acceptance_rate = FIRST_ACCEPTANCE
         self.num_computed = self.num_settled = 0
         self.num_awaited = 0
+        self.num_replays = 0
+        """Accepted draft tokens of its last step, by which its state is still to be advanced."""
         self.num_cached = 0
         """Tokens of the prompt that were in the cache at first admission."""
         self.num_drafted = 0

@@ -17,18 +17,20 @@ import numpy as np
 from neuron.engine.scheduler import Step
 from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
 from neuron.engine.step_timer import StepTimer
+from neuron.layers.cache import MAX_DRAFTS
 
 if TYPE_CHECKING:
     from neuron.engine.executor import Executor
 
-MAX_DRAFTS: Final = 8
-"""Draft tokens of one sequence in one step."""
 NGRAM: Final = 3
 """Tokens that must have occurred before, in this order, for their continuation to be proposed."""
 NEW_WEIGHT: Final = 0.2
 """Weight of one verified draft token in a sequence's acceptance rate."""
 ACCEPTANCE_RECOVERY: Final = 0.005
 """Increase of the rate by each step that had draft tokens and did not verify them, so that they are tried again."""
+RETRY_STEPS: Final = 32
+"""Steps launched ahead of the one before them, and so without draft tokens, after which drafts are tried again: the try
+costs a step's host work, which is 1 % of so many steps."""
 LEAST_GAIN: Final = 1.05
 """Least expected gain in tokens per second for which drafts are verified: estimates are not exact."""
 
@@ -99,6 +101,16 @@ class Speculation:
         self._step_timer = step_timer
         self._max_drafts = max_drafts
         self.num_proposed = self.num_accepted = 0
+        self._num_ahead = RETRY_STEPS
+        """Steps since drafts were tried last, or did pay."""
+
+    def waits(self) -> bool:
+        """Return whether to settle the step in flight before the next is scheduled, as draft tokens may pay in it.
+
+        Their verification begins with a token that the host knows.
+        """
+        self._num_ahead += 1
+        return bool(self._max_drafts) and self._num_ahead > RETRY_STEPS
 
     def propose(
         self,
@@ -113,6 +125,8 @@ class Speculation:
         pages for so many tokens behind a sequence's next and returns how many there are.
         """
         num_decoding = len(decoding)
+        if any(not sequence.num_awaited for sequence in decoding):
+            self._num_ahead = 0
         if not self._max_drafts or self._step_timer.step_s(num_decoding) is None:
             return
         able = [sequence for sequence in decoding if not sequence.num_awaited and can_verify(sequence.slot)]
@@ -126,6 +140,7 @@ class Speculation:
                 if count:
                     sequence.acceptance_rate = min(1.0, sequence.acceptance_rate + ACCEPTANCE_RECOVERY)
             return
+        self._num_ahead = RETRY_STEPS
         counts = [reserve(sequence, min(depth, count)) for sequence, count in zip(able, available, strict=True)]
         for sequence, drafts in zip(able, self.drafter.propose(able, counts), strict=True):
             sequence.drafts = drafts
@@ -143,7 +158,8 @@ class Speculation:
                     num_rows += 1
             seconds = self._step_timer.step_s(num_rows)
             assert seconds is not None
-            seconds += self.drafter.cost_s(len(able), depth) if depth else 0.0
+            # A step with drafts is not launched ahead, so that it waits for the host.
+            seconds += self.drafter.cost_s(len(able), depth) + self._step_timer.host_s if depth else 0.0
             rate = gain / seconds
             if rate > (best if found else best * LEAST_GAIN):
                 best, found = rate, depth
@@ -157,7 +173,7 @@ class Speculation:
         while num_accepted < len(drafts) and sampled[num_accepted] == drafts[num_accepted]:
             num_accepted += 1
         self.learn(sequence, num_accepted)
-        sequence.drafts = NO_TOKENS
+        sequence.drafts, sequence.num_replays = NO_TOKENS, num_accepted
         return sampled[: num_accepted + 1]
 
     def learn(self, sequence: Sequence, num_accepted: int) -> None:

@@ -13,6 +13,8 @@ from typing import ClassVar, Final
 
 AHEAD_TOKENS: Final = 64
 """Most tokens behind its next one for which a sequence has pages: of a multi-step decode, or draft tokens."""
+MAX_DRAFTS: Final = 8
+"""Most draft tokens of a sequence in a step: a state has room for the inputs of so many."""
 CHUNK_TOKENS: Final = 64
 """Tokens that chunked forms of recurrences compute at a time: however a prompt is cut, states agree to the bit if it is
 cut at multiples of them."""
@@ -75,7 +77,8 @@ class StateTensor:
 class SequenceState:
     """Tensors of fixed size that stand for all tokens of a sequence: a recurrence's state, a convolution's inputs.
 
-    It is of an exact number of tokens and cannot be cut back; zeros before the first.
+    It is of an exact number of tokens and cannot be cut back; zeros before the first. So a step does not advance it by
+    draft tokens, whose inputs it keeps: a later step replays those that were accepted.
     """
 
     tensors: tuple[StateTensor, ...]

@@ -7,7 +7,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from neuron.layers.cache import CHUNK_TOKENS, SequenceState, StateTensor
+from neuron.layers.cache import CHUNK_TOKENS, MAX_DRAFTS, SequenceState, StateTensor
 from neuron.layers.layer import Weights
 from neuron.layers.norm import Norm
 from neuron.layers.parameters import Fused, Matrix, Parameters, Tensor, Vector
@@ -105,11 +105,16 @@ class GatedDelta:
         }
 
     def cache(self, shard: Shard = WHOLE) -> SequenceState:
-        """See :class:`~neuron.layers.layer.Layer`: last inputs of the convolution, and the state of the rule."""
+        """See :class:`~neuron.layers.layer.Layer`.
+
+        Last inputs of the convolution and those of draft tokens behind them, the state of the rule, and the drafts'
+        gates.
+        """
         keys, values = self._heads(shard)
         channels = 2 * len(keys) * self.key_dim + count(values) * self.value_dim
         state = StateTensor((count(values), self.key_dim, self.value_dim), in_float32=True)
-        return SequenceState((StateTensor((self.width - 1, channels)), state))
+        inputs, drafted = (self.width - 1 + MAX_DRAFTS, channels), (MAX_DRAFTS, 2 * count(values))
+        return SequenceState((StateTensor(inputs), state, StateTensor(drafted)))
 
     def workspace(self, shard: Shard = WHOLE) -> int:
         """See :class:`~neuron.layers.layer.Layer`: q, k and v before the convolution and behind it, z and outputs."""
@@ -118,7 +123,7 @@ class GatedDelta:
 
     def forward(self, step: "Step", weights: Weights, residual: "torch.Tensor", cache: Any) -> None:
         """See :class:`~neuron.layers.layer.Layer`."""
-        (inputs, states), operations = cache, step.operations
+        (inputs, states, drafted), operations = cache, step.operations
         num_heads = states.shape[1]
         x = operations.rms_norm(residual, weights["norm"], self.norm.eps)
         gates = operations.linear(x, weights["gates"].weight)
@@ -132,9 +137,14 @@ class GatedDelta:
             qkv, z = x[:, : inputs.shape[2]], x[:, inputs.shape[2] :]
         else:
             qkv, z = (operations.linear(x, weights[name].weight) for name in ("qkv", "z"))
+        if step.batch.replays is not None:
+            operations.replay_drafts(
+                inputs, weights["convolution"].weight, drafted, weights["decay"], weights["bias"], states, step.batch,
+                tiled=self.tiled,
+            )  # fmt: skip
         qkv = operations.causal_convolution(qkv, weights["convolution"].weight, inputs, step.batch)
         out = operations.gated_delta(
-            qkv, gates, weights["decay"], weights["bias"], states, step.batch,
+            qkv, gates, weights["decay"], weights["bias"], states, drafted, step.batch,
             tiled=self.tiled, chunk_tokens=CHUNK_TOKENS,
         )  # fmt: skip
         out = operations.gated_norm(out, z, weights["head_norm"], self.norm.eps)

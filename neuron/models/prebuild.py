@@ -21,6 +21,7 @@ from neuron.formats.matrix import QuantizedMatrix
 from neuron.formats.registry import FORMATS
 from neuron.formats.schemes import EXAMPLES
 from neuron.layers.attention import Attention
+from neuron.layers.cache import SequenceState
 from neuron.layers.experts import Experts
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import decoder, quantization
@@ -65,7 +66,7 @@ def variants(
     in_group = in_group or shard.size > 1
     forward = decoder.Decoder(few, weights, KERNELS, (lambda x: x) if in_group else None)
     with recording(target_for(capability)) as recorder:
-        for batch in _batches(plan, _steps(config)):
+        for batch in _batches(config, plan):
             token_ids = _meta(len(batch.positions), dtype=torch.int32)
             forward.hidden(token_ids, [batch] * len(caches), caches)
         for rows in sorted({min(n, plan.sampled_rows) for n in (*STEPS, plan.sampled_rows)}):
@@ -155,24 +156,31 @@ def _steps(config: ModelConfig) -> tuple[int, ...]:
     return (*STEPS, *(edge + after for edge in edges for after in (0, 1)))
 
 
-def _batches(plan: MemoryPlan, steps: tuple[int, ...]) -> Iterator[Batch]:
-    """Yield steps of decodes alone, of a prompt alone, and of both."""
-    pages = -(-plan.context_tokens // PAGE_TOKENS)
-    for num_tokens in sorted({min(n, plan.step_tokens) for n in (*steps, plan.step_tokens)}):
+def _batches(config: ModelConfig, plan: MemoryPlan) -> Iterator[Batch]:
+    """Yield steps of decodes alone, of a prompt alone, and of both; where layers keep a state, with drafts too."""
+    for num_tokens in sorted({min(n, plan.step_tokens) for n in (*_steps(config), plan.step_tokens)}):
         for num_decodes in dict.fromkeys((min(num_tokens, plan.max_sequences), 1, 0)):
-            prompts = int(num_tokens > num_decodes)
-            num_sequences = num_decodes + prompts
-            if not num_sequences:
-                continue
-            yield Batch(
-                positions=_meta(num_tokens, dtype=torch.int32),
-                slot_mapping=_meta(num_tokens, dtype=torch.int64),
-                cu_seqlens=_meta(num_sequences + 1, dtype=torch.int32),
-                page_table=_meta(num_sequences, pages, dtype=torch.int32),
-                context_lens=_meta(num_sequences, dtype=torch.int32),
-                num_decodes=num_decodes,
-                state_slots=_meta(num_sequences, dtype=torch.int32),
-            )
+            num_sequences = num_decodes + int(num_tokens > num_decodes)
+            if num_sequences:
+                yield _batch(plan, num_tokens, num_sequences, num_decodes)
+    if any(isinstance(cache, SequenceState) for cache in config.caches()):
+        # No kernel of a state depends on the number of tokens.
+        replays = _meta(2, dtype=torch.int32)
+        yield dataclasses.replace(_batch(plan, 2, 2, 2), replays=replays)
+        for accepted in (None, replays):
+            yield dataclasses.replace(_batch(plan, 4, 2, 0), num_drafting=1, replays=accepted)
+
+
+def _batch(plan: MemoryPlan, num_tokens: int, num_sequences: int, num_decodes: int) -> Batch:
+    return Batch(
+        positions=_meta(num_tokens, dtype=torch.int32),
+        slot_mapping=_meta(num_tokens, dtype=torch.int64),
+        cu_seqlens=_meta(num_sequences + 1, dtype=torch.int32),
+        page_table=_meta(num_sequences, -(-plan.context_tokens // PAGE_TOKENS), dtype=torch.int32),
+        context_lens=_meta(num_sequences, dtype=torch.int32),
+        num_decodes=num_decodes,
+        state_slots=_meta(num_sequences, dtype=torch.int32),
+    )
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -325,10 +325,9 @@ def plan_memory(
         raise InvalidRequestError(
             f"the draft model has {draft.vocab_size} tokens, the model itself {config.vocab_size}", param="draft"
         )
-    if draft is not None and any(isinstance(cache, SequenceState) for cache in (*config.caches(), *draft.caches())):
+    if draft is not None and any(isinstance(cache, SequenceState) for cache in draft.caches()):
         raise InvalidRequestError(
-            "a draft model is given, but a state that layers keep cannot be cut back to the accepted tokens",
-            param="draft",
+            "the draft model keeps a state, which cannot be cut back to the accepted tokens", param="draft"
         )
     max_sequences = spec.max_sequences or defaults.max_sequences
     each = [
@@ -387,7 +386,7 @@ def plan_memory(
     for part, costs in reversed([*zip(configs, each, strict=True)]):
         expanded = expansions(part, costs.dtype, costs.quant, shard, native=costs.native)
         window_tables = sizes.tables(num_pages, num_running) if costs is own else ()
-        page_bytes = own.page_bytes[0] if costs is own else draft_bytes
+        page_bytes, own_states = (own.page_bytes[0], states) if costs is own else (draft_bytes, None)
         found = MemoryPlan(
             dtype=costs.dtype,
             context_tokens=spec.context_tokens or min(longest, num_pages * PAGE_TOKENS),
@@ -398,13 +397,13 @@ def plan_memory(
             mixed_step_tokens=defaults.mixed_step_tokens,
             weights_bytes=costs.weights_bytes,
             expanded_bytes=sum(expansion.more_bytes for expansion in expanded),
-            kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables, states),
+            kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables, own_states),
             workspace_bytes=costs.fixed_bytes + num_pages * costs.gather_bytes,
             quant=costs.quant,
             native=costs.native,
             kv_dtype=costs.kv_dtype,
             window_tables=window_tables,
-            states=states,
+            states=own_states,
             draft=found,
         )
     assert found is not None

@@ -31,7 +31,7 @@ class AttentionPart:
 class Batch:
     """Step of B sequences with T query tokens, sequences with one query token (decodes) first, longest first.
 
-    Of the layers with one page table.
+    Behind them are sequences with draft tokens, then prompts. Of the layers with one page table.
     """
 
     positions: torch.Tensor
@@ -49,8 +49,13 @@ class Batch:
     """Parts of the step, for the eager reference only."""
     num_decodes: int = 0
     """Number of leading sequences with one query token; all may be treated as prompts."""
+    num_drafting: int = 0
+    """Number of sequences with draft tokens behind their first one: no state advances by these."""
     state_slots: torch.Tensor | None = None
     """``[B]`` int32: slot of each sequence's state, where layers keep one. Rows without a sequence share slot 0."""
+    replays: torch.Tensor | None = None
+    """``[B]`` int32: number of draft tokens of the step before, accepted since, by which to advance each state first.
+    None: there are none."""
 
 
 class KeyValueCache(NamedTuple):

@@ -14,6 +14,9 @@ and A the part of ``b_i (k_i k_j) D_ij`` with j < i:
 The triangular systems are solved by forward substitution: powers of A overflow where keys are alike. Differences of G
 are taken, and masked, before e^x, which overflows otherwise. All in float32; the kernel multiplies in several
 passes of shorter numbers, which come to nearly as much, and each program has a part of the state in its registers.
+
+A sequence with draft tokens is computed token by token, as it would be without them. The state that is kept is the one
+behind its first token; the gates of the drafts are kept too, for :mod:`neuron.triton_kernels.replay`.
 """
 
 from typing import Any, Final, NamedTuple
@@ -40,6 +43,7 @@ def gated_delta(
     decay: torch.Tensor,
     bias: torch.Tensor,
     states: torch.Tensor,
+    drafted: torch.Tensor,
     batch: Batch,
     *,
     tiled: bool,
@@ -47,20 +51,31 @@ def gated_delta(
 ) -> torch.Tensor:
     """Return ``o`` ``[T, H Dv]`` of ``qkv`` ``[T, 2 K Dk + H Dv]`` and ``gates`` ``[T, 2 H]``: beta, then alpha.
 
-    ``decay`` and ``bias`` are ``[H]`` float32. ``states`` ``[slots, H, Dk, Dv]`` float32 are updated in place. Value
-    head h has key head ``h // (H / K)``, or if ``tiled`` ``h % K``.
+    ``decay`` and ``bias`` are ``[H]`` float32. ``states`` ``[slots, H, Dk, Dv]`` float32 are updated in place, and
+    ``drafted`` ``[slots, drafts, 2 H]`` gets the gates of draft tokens. Value head h has key head ``h // (H / K)``, or
+    if ``tiled`` ``h % K``.
     """
     assert batch.state_slots is not None
     slots, rows, decodes = batch.state_slots.long(), batch.cu_seqlens.tolist(), batch.num_decodes
 
-    def tokens(start: int, stop: int) -> _Tokens:
-        return _tokens(qkv[start:stop].float(), gates[start:stop].float(), decay, bias, states.shape, tiled)
+    def tokens(start: int, stop: int) -> Tokens:
+        return tokens_of(qkv[start:stop].float(), gates[start:stop].float(), decay, bias, states.shape, tiled)
 
     parts = []
     if decodes:
-        out, states[slots[:decodes]] = _recurrence(tokens(0, decodes), states[slots[:decodes]])
+        out, states[slots[:decodes]] = recurrence(tokens(0, decodes), states[slots[:decodes]])
         parts.append(out)
-    for index in range(decodes, len(slots)):
+    prompts = decodes + batch.num_drafting
+    for index in range(decodes, prompts):
+        start, end, slot = rows[index], rows[index + 1], slots[index : index + 1]
+        state, own = states[slot], tokens(start, end)
+        for t in range(end - start):
+            out, state = recurrence(own.part(t), state)
+            parts.append(out)
+            if t == 0:
+                states[slot] = state
+        drafted[slot, : end - start - 1] = gates[start + 1 : end]
+    for index in range(prompts, len(slots)):
         state, end = states[slots[index]], rows[index + 1]
         for start in range(rows[index], end, chunk_tokens):
             out, state = _chunk(tokens(start, min(start + chunk_tokens, end)), state)
@@ -69,7 +84,7 @@ def gated_delta(
     return torch.cat(parts).flatten(1).to(qkv.dtype)
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
     """Queries, keys and values ``[N, H, D]``, decays and strengths ``[N, H]`` of N tokens."""
 
     q: torch.Tensor
@@ -78,10 +93,15 @@ class _Tokens(NamedTuple):
     g: torch.Tensor
     b: torch.Tensor
 
+    def part(self, index: int) -> "Tokens":
+        """Return one of them."""
+        return Tokens(*(tensor[index : index + 1] for tensor in self))
 
-def _tokens(
+
+def tokens_of(
     qkv: torch.Tensor, gates: torch.Tensor, decay: torch.Tensor, bias: torch.Tensor, shape: torch.Size, tiled: bool
-) -> _Tokens:
+) -> Tokens:
+    """Return the tokens of float32 ``qkv`` and ``gates``, for states of ``shape``."""
     _, num_heads, key_dim, value_dim = shape
     beta, alpha = gates.chunk(2, dim=1)
     keys, v = qkv.split((qkv.shape[1] - num_heads * value_dim, num_heads * value_dim), dim=1)
@@ -90,10 +110,10 @@ def _tokens(
     group = num_heads // keys.shape[2]
     q, k = (keys.repeat(1, 1, group, 1) if tiled else keys.repeat_interleave(group, dim=2)).unbind(1)
     g = decay * functional.softplus(alpha + bias)
-    return _Tokens(q * key_dim**-0.5, k, v.view(len(v), num_heads, value_dim), g, beta.sigmoid())
+    return Tokens(q * key_dim**-0.5, k, v.view(len(v), num_heads, value_dim), g, beta.sigmoid())
 
 
-def _recurrence(tokens: _Tokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def recurrence(tokens: Tokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return o ``[B, H, Dv]`` of one token each of B sequences, and their new states."""
     q, k, v, g, b = tokens
     state = state * g.exp()[..., None, None]
@@ -102,7 +122,7 @@ def _recurrence(tokens: _Tokens, state: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.einsum("bhkv,bhk->bhv", state, q), state
 
 
-def _chunk(tokens: _Tokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk(tokens: Tokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return o ``[C, H, Dv]`` of the C tokens of a chunk, and the new state ``[H, Dk, Dv]``."""
     q, k, v, g, b = (tensor.transpose(0, 1) for tensor in tokens)
     sums, b = g.cumsum(1).unsqueeze(-1), b.unsqueeze(-1)
@@ -120,7 +140,7 @@ def _chunk(tokens: _Tokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 @triton.jit
-def _gates(at, rate, shift, inside, H: tl.constexpr):
+def read_gates(at, rate, shift, inside, H: tl.constexpr):
     """Return decays and strengths, 0 where not ``inside``."""
     beta = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     alpha = tl.load(at + H, mask=inside, other=0.0).to(tl.float32) + shift
@@ -138,10 +158,19 @@ def _twice(a, b):
 
 
 @triton.jit
+def advanced(state, k, v, g, b):
+    """Return a part of a state behind one more token, whose key is not of length 1 yet."""
+    k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+    state *= tl.exp(g)
+    return state + k[:, None] * (b * (v - tl.sum(state * k[:, None], 0)))[None, :]
+
+
+@triton.jit
 def _recurrence_kernel(
-    qkv, gates, decay, bias, states, out, cu_seqlens, state_slots, stride, gate_stride, slot_stride, scale,
+    qkv, gates, decay, bias, states, drafted, out, cu_seqlens, state_slots, stride, gate_stride, slot_stride,
+    drafted_stride, scale,
     H: tl.constexpr, K: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TILED: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DRAFTS: tl.constexpr,
 ):  # fmt: skip
     sequence, head = tl.program_id(0), tl.program_id(1)
     key_head = head % K if TILED else head // (H // K)
@@ -150,19 +179,27 @@ def _recurrence_kernel(
     state_at = states + slot * slot_stride + head * (DK * DV) + i[:, None] * DV + j[None, :]
     inside = (i < DK)[:, None] & (j < DV)[None, :]
     state = tl.load(state_at, mask=inside, other=0.0)
-    token = tl.load(cu_seqlens + sequence).to(tl.int64)
-    row = qkv + token * stride
-    q = tl.load(row + key_head * DK + i, mask=i < DK, other=0.0).to(tl.float32)
-    k = tl.load(row + (K + key_head) * DK + i, mask=i < DK, other=0.0).to(tl.float32)
-    v = tl.load(row + 2 * K * DK + head * DV + j, mask=j < DV, other=0.0).to(tl.float32)
-    g, b = _gates(gates + token * gate_stride + head, tl.load(decay + head), tl.load(bias + head), True, H)
-    q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * scale
-    k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
-    state *= tl.exp(g)
-    state += k[:, None] * (b * (v - tl.sum(state * k[:, None], 0)))[None, :]
-    value = tl.sum(state * q[:, None], 0)
-    tl.store(out + token * (H * DV) + head * DV + j, value.to(out.dtype.element_ty), mask=j < DV)
-    tl.store(state_at, state, mask=inside)
+    rate, shift = tl.load(decay + head), tl.load(bias + head)
+    first = tl.load(cu_seqlens + sequence).to(tl.int64)
+    count = tl.load(cu_seqlens + sequence + 1) - first if DRAFTS else 1
+    for t in range(count):
+        token = first + t
+        row = qkv + token * stride
+        q = tl.load(row + key_head * DK + i, mask=i < DK, other=0.0).to(tl.float32)
+        k = tl.load(row + (K + key_head) * DK + i, mask=i < DK, other=0.0).to(tl.float32)
+        v = tl.load(row + 2 * K * DK + head * DV + j, mask=j < DV, other=0.0).to(tl.float32)
+        gates_at = gates + token * gate_stride + head
+        g, b = read_gates(gates_at, rate, shift, True, H)
+        state = advanced(state, k, v, g, b)
+        q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * scale
+        value = tl.sum(state * q[:, None], 0)
+        tl.store(out + token * (H * DV) + head * DV + j, value.to(out.dtype.element_ty), mask=j < DV)
+        if t == 0:
+            tl.store(state_at, state, mask=inside)
+        else:
+            kept = drafted + slot * drafted_stride + (t - 1) * (2 * H) + head
+            tl.store(kept, tl.load(gates_at))
+            tl.store(kept + H, tl.load(gates_at + H))
 
 
 @triton.jit(do_not_specialize=["first_sequence"])
@@ -194,7 +231,7 @@ def _chunk_kernel(
         k = tl.load(keys_at + K * DK, mask=has_key, other=0.0)
         values_at = qkv + token[:, None] * stride + 2 * K * DK + head * DV + j[None, :]
         v = tl.load(values_at, mask=has_value, other=0.0).to(tl.float32)
-        g, b = _gates(gates + token * gate_stride + head, rate, shift, is_token, H)
+        g, b = read_gates(gates + token * gate_stride + head, rate, shift, is_token, H)
         per_k = tl.rsqrt(tl.sum(k.to(tl.float32) * k.to(tl.float32), 1) + 1e-6)
         sums = tl.cumsum(g, 0)
         # D and A transposed, so that a row of A is a column.
@@ -230,6 +267,7 @@ def _launch(
     decay: torch.Tensor,
     bias: torch.Tensor,
     states: torch.Tensor,
+    drafted: torch.Tensor,
     batch: Batch,
     *,
     tiled: bool,
@@ -248,19 +286,21 @@ def _launch(
         "scale": key_dim**-0.5, "H": num_heads, "K": num_key_heads, "DK": key_dim, "DV": value_dim, "TILED": tiled,
         "BLOCK_K": block_k, "BLOCK_V": block_v,
     }  # fmt: skip
-    prompts = len(batch.context_lens) - batch.num_decodes
-    if batch.num_decodes:
-        launch(_recurrence_kernel, (batch.num_decodes, *grid), batch, **shared)
+    generating = batch.num_decodes + batch.num_drafting
+    prompts = len(batch.context_lens) - generating
+    if generating:
+        kept: dict[str, Any] = {"drafted": drafted, "drafted_stride": drafted.stride(0)}
+        launch(_recurrence_kernel, (generating, *grid), batch, DRAFTS=batch.num_drafting > 0, **kept, **shared)
     if prompts:
         chunk = min(chunk_tokens, KERNEL_TOKENS)
-        launch(_chunk_kernel, (prompts, *grid), batch, first_sequence=batch.num_decodes, C=chunk, **shared)
+        launch(_chunk_kernel, (prompts, *grid), batch, first_sequence=generating, C=chunk, **shared)
     return out
 
 
 @gated_delta.cases("grouped", "tiled")
 def _cases(check: Run, make: Make, order: str) -> None:
     for num_heads, num_key_heads, key_dim, value_dim in ((4, 2, 16, 8), (1, 1, 24, 20)):
-        batch, num_slots = with_states([(1, 5), (1, 1), (21, 30)], make)
+        batch, num_slots = with_states([(1, 5), (1, 1), (3, 7), (2, 9), (21, 30)], make, num_drafting=2)
         num_tokens = len(batch.positions)
         check(
             make(num_tokens, 2 * num_key_heads * key_dim + num_heads * value_dim),
@@ -268,6 +308,7 @@ def _cases(check: Run, make: Make, order: str) -> None:
             -make(num_heads, dtype=torch.float32).exp() / 8,
             make(num_heads, dtype=torch.float32),
             make(num_slots, num_heads, key_dim, value_dim, dtype=torch.float32),
+            make(num_slots, 4, 2 * num_heads),
             batch,
             tiled=order == "tiled",
             chunk_tokens=16,
@@ -284,6 +325,7 @@ def _launches(run: Run, make: Make) -> None:
                 make(num_heads, dtype=torch.float32),
                 make(num_heads, dtype=torch.float32),
                 make(8, num_heads, 128, 128, dtype=torch.float32),
+                make(8, 8, 2 * num_heads),
                 batch,
                 tiled=False,
                 chunk_tokens=64,

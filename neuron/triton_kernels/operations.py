@@ -15,6 +15,7 @@ from neuron.triton_kernels import (
     gated_norm,
     linear,
     norm,
+    replay,
     rotary,
     sampling,
 )
@@ -32,6 +33,7 @@ class Operations:
     attention = attention.attention
     causal_convolution = causal_convolution.causal_convolution
     gated_delta = gated_delta.gated_delta
+    replay_drafts = replay.replay_drafts
     gated_norm = gated_norm.gated_norm
     add_experts = experts.add_experts
     sample = sampling.sample

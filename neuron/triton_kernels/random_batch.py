@@ -35,19 +35,27 @@ def random_batch(lengths: list[tuple[int, int]], device: torch.device) -> tuple[
     return batch, sum(num_pages) + 1
 
 
-def with_states(lengths: list[tuple[int, int]], make: Make) -> tuple[Batch, int]:
-    """Return a step as of :func:`random_batch`, decodes first, in scattered slots, and the number of its slots."""
+def with_states(lengths: list[tuple[int, int]], make: Make, *, num_drafting: int = 0) -> tuple[Batch, int]:
+    """Return a step as of :func:`random_batch`, decodes first, in scattered slots, and the number of its slots.
+
+    With draft tokens behind the decodes, 0, 1 or 2 of earlier steps were accepted of each sequence but prompts.
+    """
     batch, _ = random_batch(lengths, make.device)
     num_slots = 2 * len(lengths) + 1
     slots = np.random.default_rng(len(lengths)).permutation(np.arange(1, num_slots))[: len(lengths)]
     num_decodes = sum(query == 1 for query, _ in lengths)
     on_device = torch.from_numpy(slots.astype(np.int32)).to(make.device)
-    return dataclasses.replace(batch, num_decodes=num_decodes, state_slots=on_device), num_slots
+    batch = dataclasses.replace(batch, num_decodes=num_decodes, state_slots=on_device)
+    if num_drafting:
+        replays = [(index + 1) % 3 if index < num_decodes + num_drafting else 0 for index in range(len(lengths))]
+        on_device = torch.tensor(replays, dtype=torch.int32, device=make.device)
+        batch = dataclasses.replace(batch, num_drafting=num_drafting, replays=on_device)
+    return batch, num_slots
 
 
 def steps_of_states(make: Make) -> Iterator[Batch]:
-    """Yield shapes of steps of decodes alone, and of a prompt beside them."""
-    for num_tokens, num_decodes, sequences in ((64, 64, 64), (512, 4, 5)):
+    """Yield shapes of steps of decodes alone, of a prompt beside them, and of draft tokens beside both."""
+    for num_tokens, num_decodes, sequences, num_drafting in ((64, 64, 64, 0), (512, 4, 5, 0), (512, 4, 7, 2)):
         yield Batch(
             positions=make.integers(num_tokens),
             slot_mapping=make.integers(num_tokens, dtype=torch.int64),
@@ -55,5 +63,7 @@ def steps_of_states(make: Make) -> Iterator[Batch]:
             page_table=make.integers(sequences, 128),
             context_lens=make.integers(sequences),
             num_decodes=num_decodes,
+            num_drafting=num_drafting,
             state_slots=make.integers(sequences),
+            replays=make.integers(sequences) if num_drafting else None,
         )

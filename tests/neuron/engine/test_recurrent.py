@@ -3,6 +3,7 @@
 import array
 import concurrent.futures
 import dataclasses
+import itertools
 import pathlib
 import socket
 from collections.abc import Callable
@@ -19,13 +20,16 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.engine import multi_step
 from neuron.engine import scheduler as scheduler_module
+from neuron.engine import speculation as speculation_module
 from neuron.engine.cache_memory import LayerCaches
 from neuron.engine.loading import load_model
 from neuron.engine.model_engine import ModelEngine
 from neuron.engine.prefix import extend_keys
 from neuron.engine.sequence import Sequence
+from neuron.engine.speculation import PromptLookup, Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.engine.tensor_parallel import Follower
+from neuron.layers.cache import MAX_DRAFTS, SequenceState
 from neuron.models import packed, sizing
 from neuron.models.config import read_config
 from neuron.models.registry import FAMILIES
@@ -302,20 +306,120 @@ def test_a_sequence_cancelled_in_flight_leaves_the_others_alone(load: Callable[.
     check([found[1], found[2]], expected)
 
 
-@pytest.mark.parametrize("name", ["latent", "recurrent"])
-def test_a_state_has_no_drafts(
-    name: str, tmp_path: pathlib.Path, harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+# ------------------------------------------------------------------ draft tokens
+
+
+class Scripted(PromptLookup):
+    """Drafter that knows the outputs: of the drafts of each step, the first few are right and the next is wrong.
+
+    ``rights`` are the numbers of right ones, in turn; ``None``: a step without drafts.
+    """
+
+    def __init__(self, expected: list[list[int]], rights: list[int | None]) -> None:
+        self._expected = expected
+        self._rights = itertools.cycle(rights)
+
+    def available(self, sequences: list[Sequence], most: int) -> list[int]:
+        self._drafts = [self._draft(sequence, most) for sequence in sequences]
+        return [len(drafts) for drafts in self._drafts]
+
+    def propose(self, sequences: list[Sequence], counts: list[int]) -> list[Any]:
+        return [np.array(drafts[:count], np.int32) for drafts, count in zip(self._drafts, counts, strict=True)]
+
+    def _draft(self, sequence: Sequence, most: int) -> list[int]:
+        right = next(self._rights)
+        if right is None:
+            return []
+        after = self._expected[sequence.number][sequence.num_output :][:right]
+        return [*after, *([63 - after[-1] if after else 62] * 2)][:most]
+
+
+@pytest.fixture
+def drafting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if draft tokens cost nothing; a multi-step decode has none."""
+    monkeypatch.setattr(Speculation, "_depth", lambda self, decoding, able, available: max(available))
+    monkeypatch.setattr(Speculation, "waits", lambda _: True)
+    monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: False)
+
+
+def tokens_of(driver: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    for number, prompt in enumerate(prompts):
+        driver.generate(number, prompt, max_tokens)
+    while driver.engine.busy:
+        driver.engine.step()
+        driver.model().scheduler.check_integrity()
+    assert not driver.failures()
+    found = driver.outputs()
+    driver.sent.clear()
+    return [found[number] for number in range(len(prompts))]
+
+
+RIGHTS: list[list[int | None]] = [[0], [1], [8], [0, 2, None, 5, 1, None, None, 8, 3, 7, 4]]
+
+
+@pytest.mark.usefixtures("drafting")
+@pytest.mark.parametrize("rights", RIGHTS, ids=str)
+def test_a_state_is_that_of_the_accepted_tokens(load: Callable[..., Any], rights: list[int | None]) -> None:
+    """Whatever number of draft tokens is accepted, and of however many sequences beside prompts."""
+    prompts = [PROMPT, TEXT[:30], TEXT[5:77], TEXT[100:240]]
+    expected = [ids for ids, _ in alone(load, prompts, 40)]
+    driver = load(64)
+    speculation = driver.model().speculation
+    speculation.drafter = Scripted(expected, rights)
+    assert tokens_of(driver, prompts, 40) == expected
+    assert speculation.num_proposed
+    assert speculation.num_accepted >= 40 * (sum(right or 0 for right in rights) > 0)
+    assert tokens_of(driver, prompts[::-1], 40) == expected[::-1], "from checkpoints"
+
+
+@pytest.mark.usefixtures("drafting")
+@pytest.mark.parametrize("fault", ["accepted, not replayed", "rejected, replayed", "inputs", "gates"])
+def test_a_wrong_rollback_is_seen(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    prompts = [PROMPT, TEXT[5:77]]
+    expected = [ids for ids, _ in alone(load, prompts, 40)]
+    driver = load()
+    driver.model().speculation.drafter = Scripted(expected, [0, 2, None, 5, 1])
+    verify = Speculation.verify
+
+    def wrong(self: Speculation, sequence: Sequence, sampled: list[int]) -> list[int]:
+        found = verify(self, sequence, sampled)
+        if fault == "accepted, not replayed":
+            sequence.num_replays = 0
+        elif fault == "rejected, replayed" and len(sampled) > 1:
+            sequence.num_replays = len(sampled) - 1
+        for kind, cache in zip(driver.model().config.caches(), caches(driver).layers, strict=True):
+            if isinstance(kind, SequenceState) and fault in ("inputs", "gates"):
+                inputs, _, gates = cache or ()
+                (inputs[:, -MAX_DRAFTS:] if fault == "inputs" else gates).zero_()
+        return found
+
+    monkeypatch.setattr(Speculation, "verify", wrong)
+    assert tokens_of(driver, prompts, 40) != expected
+
+
+@pytest.mark.usefixtures("drafting")
+def test_prompt_lookup_and_a_draft_model_change_no_token(
+    load: Callable[..., Any], make_checkpoint: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if drafts cost nothing, on a text of repetitions; a latent cache has them."""
-    monkeypatch.setattr(StepTimer, "step_s", lambda *_: 1.0)
-    driver = harness()
-    driver.load(make_model(name, tmp_path))
-    driver.output_alone([3, 4, 5] * 30, 20)
-    assert bool(driver.model().speculation.num_proposed) == (name == "latent")
-    answer = harness().load(tmp_path, draft=str(tmp_path))
-    assert isinstance(answer, jobs.Done if name == "latent" else jobs.JobFailed)
-    if name == "recurrent":
-        assert "cannot be cut back" in answer.error.message
+    """Some drafts are accepted and some are not; the draft model's memory is its own, without a state."""
+    monkeypatch.setattr(speculation_module, "NGRAM", 1)
+    prompts = [TEXT[:9] * 6, PROMPT]
+    expected = [ids for ids, _ in alone(load, prompts, 60)]
+    draft = make_checkpoint("llama", vocab_size=64, num_hidden_layers=1)
+    for path in ("", str(draft)):
+        driver = load(draft=path)
+        assert tokens_of(driver, prompts, 60) == expected
+        speculation, plan = driver.model().speculation, driver.model().plan
+        assert speculation.num_proposed > speculation.num_accepted
+        if path:
+            assert plan.draft.states is None
+            assert plan.draft.kv_cache_bytes % plan.num_pages == 0
+
+
+def test_a_draft_model_with_a_state_is_refused(folder: pathlib.Path, harness: Callable[..., Any]) -> None:
+    answer = harness().load(folder, draft=str(folder))
+    assert isinstance(answer, jobs.JobFailed)
+    assert "the draft model keeps a state" in answer.error.message
 
 
 def test_such_a_model_runs_in_eager_torch_in_two_dtypes(folder: pathlib.Path, harness: Callable[..., Any]) -> None:
@@ -325,13 +429,14 @@ def test_such_a_model_runs_in_eager_torch_in_two_dtypes(folder: pathlib.Path, ha
     driver.load(folder, dtype="bfloat16", max_sequences=5)
     plan = driver.model().plan
     assert not plan.native
-    # 3 x 144 elements in bfloat16, on 64 bytes, and 6 x 16 x 8 in float32, in each of two layers.
-    assert plan.states.slot_bytes == 2 * (896 + 3072)
+    # (3 + 8) x 144 and 8 x 12 elements in bfloat16, on 64 bytes, and 6 x 16 x 8 in float32, in each of two layers.
+    assert plan.states.slot_bytes == 2 * (3200 + 3072 + 192)
     held = caches(driver)._states
     assert held is not None
     assert held.nbytes == plan.states.total_bytes
-    inputs, recurrent = caches(driver).layers[0] or ()
-    assert (inputs.dtype, inputs.shape) == (torch.bfloat16, (1 + plan.states.num_slots, 3, 144))
+    inputs, recurrent, gates = caches(driver).layers[0] or ()
+    assert (inputs.dtype, inputs.shape) == (torch.bfloat16, (1 + plan.states.num_slots, 11, 144))
+    assert (gates.dtype, gates.shape) == (torch.bfloat16, (1 + plan.states.num_slots, 8, 12))
     assert (recurrent.dtype, recurrent.shape) == (torch.float32, (1 + plan.states.num_slots, 6, 16, 8))
 
 

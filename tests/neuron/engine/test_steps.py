@@ -108,6 +108,8 @@ class Device:
         """Number of the step after which a message of the daemon arrives."""
         self.caches = [[0] * ((num_pages + 1) * PAGE_TOKENS) for num_pages in PLAN.cache_sizes[:-1]]
         self.states = [0, *range(7, 7 + STATES.num_slots)] if has_states else []
+        self.drafted: list[list[int]] = [[] for _ in self.states]
+        """Draft tokens of the last step with each state."""
         self.last_ids: list[int] = []
         self.num_under_way = 0
         self.faults: dict[str, bool] = {}
@@ -151,6 +153,13 @@ class Device:
             first, end = plan.cu_seqlens[index], plan.cu_seqlens[index + 1]
             own = plan.state_slots[index] if self.states else 0
             assert bool(own) == bool(self.states), "a sequence has no state, or that of padding"
+            assert plan.num_steps == 1 or not len(plan.replays)
+            drafts = plan.num_decodes <= index < plan.num_decodes + plan.num_drafting
+            moved = self.states[own] if self.states else 0
+            for token in self.drafted[own][: plan.replays[index]] if len(plan.replays) else ():
+                moved = state_after(moved ^ 1, token) ^ 1
+            if self.states:
+                self.drafted[own] = []
             for row in range(first, end):
                 token, position = int(plan.token_ids[row]), int(plan.positions[row])
                 if token < 0:
@@ -169,8 +178,12 @@ class Device:
                 state = states[0][-1]
                 if self.states:
                     # Less the value before the first token, so that a sequence begins with 0.
-                    self.states[own] = state_after(self.states[own] ^ 1, token) ^ 1
-                    assert self.states[own] ^ 1 == state, "the state is of other tokens"
+                    moved = state_after(moved ^ 1, token) ^ 1
+                    assert moved ^ 1 == state, "the state is of other tokens"
+                    if drafts and row > first:
+                        self.drafted[own].append(token)
+                    else:
+                        self.states[own] = moved
                 if row in slots:
                     ids.append(next_token(self.sampler.seeds[slots[row]], state))
                 if row in plan.hidden_rows:
@@ -270,7 +283,7 @@ class Steps(RuleBasedStateMachine):
             "m", None, plan, self.device, pathlib.Path(),  # type: ignore[arg-type]
             prefix_cache=prefix_cache, speculates=False, clock=lambda: next(clock),
         )  # fmt: skip
-        if drafts and not has_states:
+        if drafts:
             step_timer = StepTimer(PAGE_TOKENS, PLAN.mixed_step_tokens)
             step_timer.record(1, 0, 1.0)
             self.model.speculation = Speculation(RandomDrafter(self), step_timer)
@@ -365,7 +378,7 @@ TestSteps = Steps.TestCase
 
 @pytest.mark.parametrize(
     ("overlaps", "drafts", "has_states", "count"),
-    [(False, True, False, 2000), (True, True, False, 2000), (False, False, True, 800), (True, False, True, 800)],
+    [(False, True, False, 2000), (True, True, False, 2000), (False, False, True, 800), (True, True, True, 800)],
 )
 def test_thousands_of_sequences_in_a_cache_that_is_too_small(
     overlaps: bool, drafts: bool, has_states: bool, count: int, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from hybrid_gguf import write_gguf
 from hybrid_models import CONFIG, make_model
 
 from cortex.wire.errors import ApiError
-from neuron.layers.cache import SequenceState
+from neuron.layers.cache import MAX_DRAFTS, SequenceState
 from neuron.layers.gated_delta import GatedDelta
 from neuron.layers.shard import Shard
 from neuron.models.config import read_config
@@ -117,7 +117,7 @@ def test_what_is_not_supported_is_named(tmp_path: pathlib.Path, change: dict[str
 
 
 def test_a_published_shape_has_the_known_sizes(tmp_path: pathlib.Path) -> None:
-    """Qwen3.5-27B in its wrapper: 64 KiB a token in 16 layers, 3 MiB and 60 KiB of state in each of 48."""
+    """Qwen3.5-27B in its wrapper: 64 KiB a token in 16 layers, 3 MiB and 60 KiB of state in each of 48, and drafts'."""
     text = {
         **CONFIG, "model_type": "qwen3_5_text", "vocab_size": 248320, "hidden_size": 5120, "intermediate_size": 17408,
         "num_hidden_layers": 64, "num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 256,
@@ -129,7 +129,8 @@ def test_a_published_shape_has_the_known_sizes(tmp_path: pathlib.Path) -> None:
     config = read_config(tmp_path)
     assert config.kv_bytes_per_token("bfloat16") == 64 << 10
     states = [cache.num_bytes(2) for cache in config.caches() if isinstance(cache, SequenceState)]
-    assert states == [(3 << 20) + (60 << 10)] * 48
+    drafts = MAX_DRAFTS * (10240 + 2 * 48) * 2
+    assert states == [(3 << 20) + (60 << 10) + drafts] * 48
     assert 26e9 < config.num_parameters() < 28e9
     assert config.blocks[3][0].rope.rotary_dim == 64
 

@@ -1,14 +1,18 @@
 """The gated delta rule by its definition: in chunks, token by token, and where its numbers are extreme."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.causal_convolution import causal_convolution
 from neuron.triton_kernels.gated_delta import gated_delta
+from neuron.triton_kernels.replay import replay_drafts
 
 H, K, DK, DV = 4, 2, 16, 8
+DRAFTS = 3
 
 
 def step_of(num_tokens: int, *, decodes: bool = False) -> Batch:
@@ -22,7 +26,8 @@ def inputs(num_tokens: int, **changes: torch.Tensor) -> dict[str, Any]:
     torch.manual_seed(1)
     return {
         "qkv": torch.randn(num_tokens, 2 * K * DK + H * DV), "gates": torch.randn(num_tokens, 2 * H),
-        "decay": -torch.rand(H) / 10, "bias": torch.randn(H), "states": torch.zeros(2, H, DK, DV), "tiled": False,
+        "decay": -torch.rand(H) / 10, "bias": torch.randn(H), "states": torch.zeros(2, H, DK, DV),
+        "drafted": torch.zeros(2, DRAFTS, 2 * H), "tiled": False,
         **changes,
     }  # fmt: skip
 
@@ -91,3 +96,50 @@ def test_other_slots_are_left_alone() -> None:
     given["states"][1] = 0
     assert gated_delta.eager(**given, batch=step_of(70), chunk_tokens=64).isfinite().all()
     assert given["states"][[0, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verified_drafts_leave_the_state_of_decodes_to_the_bit(dtype: torch.dtype) -> None:
+    """Every number of accepted tokens, behind every other; outputs of accepted tokens are equal too."""
+    given = inputs(60)
+    x, gates = torch.randn(60, 2 * K * DK + H * DV).to(dtype), given["gates"].to(dtype)
+    weight = torch.randn(x.shape[1], 4).to(dtype)
+    rule = {name: given[name] for name in ("decay", "bias")}
+
+    def step(
+        kept: list[torch.Tensor], rows: torch.Tensor, own_gates: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        convolved, states, drafted = kept
+        if batch.replays is not None:
+            replay_drafts.eager(convolved, weight, drafted, **rule, states=states, batch=batch, tiled=False)
+        qkv = causal_convolution.eager(rows, weight, convolved, batch)
+        out = gated_delta.eager(
+            qkv, own_gates, **rule, states=states, drafted=drafted, batch=batch, tiled=False, chunk_tokens=64
+        )
+        return out, kept
+
+    def fresh() -> list[torch.Tensor]:
+        shape = (2, DRAFTS, 2 * H)
+        return [
+            torch.zeros(2, 3 + DRAFTS, x.shape[1]).to(dtype), torch.zeros(2, H, DK, DV), torch.zeros(shape).to(dtype)
+        ]  # fmt: skip
+
+    decoded, kept = fresh(), fresh()
+    expected, states = [], []
+    for t in range(60):
+        expected.append(step(decoded, x[t : t + 1], gates[t : t + 1], step_of(1, decodes=True))[0])
+        states.append([decoded[0][1, :3].clone(), decoded[1][1].clone()])
+    at, accepted = 0, 0
+    plan = [(3, 0), (3, 3), (0, 0), (2, 1), (0, 0), (3, 2), (3, 1), (1, 1), (1, 0), (2, 2), (3, 3), (0, 0)]
+    for count, right in plan:
+        rows, own = x[at : at + 1 + count].clone(), gates[at : at + 1 + count].clone()
+        rows[1 + right :], own[1 + right :] = 7.0, -3.0
+        batch = step_of(1 + count, decodes=not count)
+        batch = dataclasses.replace(
+            batch, num_drafting=int(count > 0), replays=torch.tensor([accepted]) if accepted else None
+        )
+        out, _ = step(kept, rows, own, batch)
+        assert torch.equal(out[: 1 + right], torch.cat(expected[at : at + 1 + right]))
+        for found, wanted in zip((kept[0][1, :3], kept[1][1]), states[at], strict=True):
+            assert torch.equal(found, wanted)
+        at, accepted = at + 1 + right, right

@@ -19,7 +19,16 @@ def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "part",
     [
-        *("rms norm", "gated norm", "gated activation", "rope and", "H4 K4 D80", "causal convolution", "gated delta"),
+        *(
+            "rms norm",
+            "gated norm",
+            "gated activation",
+            "rope and",
+            "H4 K4 D80",
+            "causal convolution",
+            "gated delta",
+            "replay",
+        ),
         *("skinny", "matmul of floats", "quantized matmul Q2_K", "quantized matmul NVFP4"),
     ],
 )
