@@ -22,10 +22,11 @@ from cortex.wire.events import (
 )
 from cortex.wire.request import Tool
 from neuron.device.jobs import SequenceEnd
-from neuron.text.call_pieces import CallArguments, CallBegins, Piece
+from neuron.text.forms.form import CallArguments, CallBegins, CallForm, Piece
+from neuron.text.forms.registry import HERMES
 from neuron.text.holdback import held_back
 from neuron.text.reasoning import ReasoningSplitter, ReasoningTags, Section
-from neuron.text.tools import CallForm, ToolCallParser
+from neuron.text.tools import ToolCallParser
 
 MAX_UNDECODED: Final = 16
 """More tokens than a character has: what is undecoded then are broken bytes, or tokens that are no text."""
@@ -51,7 +52,7 @@ class Detokenizer:
         tags: ReasoningTags | None = None,
         starts_in_reasoning: bool = False,
         tools: Sequence[Tool] = (),
-        call_form: CallForm = CallForm.TAGGED,
+        call_form: CallForm = HERMES,
         markers: Mapping[int, str] = {},
         parallel_calls: bool = True,
     ) -> None:

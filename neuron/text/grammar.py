@@ -1,32 +1,28 @@
 """The grammar that an answer must follow, from which the engine computes its masks.
 
 A request asks for JSON (any object, or by a schema), for a regular expression or a grammar, or that tools be called, in
-a form that :mod:`neuron.text.tools` reads back: Llama's own for such models, else the tagged one (Mistral's marker is a
-special token, which a grammar of text cannot ask for). All of it becomes one Lark grammar for llguidance, compiled once
-here, before the request is admitted, so that what cannot be compiled is an error of the request.
+the model's own form (:mod:`neuron.text.forms`). All of it becomes one Lark grammar for llguidance, compiled once here,
+before the request is admitted, so that what cannot be compiled is an error of the request.
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from cortex.wire.errors import InvalidRequestError, InvalidSchemaError
 from cortex.wire.request import FormatKind, InferenceRequest, OutputFormat, Tool, ToolMode
+from neuron.text.forms.form import CallForm, ForcedTool
+from neuron.text.forms.registry import HERMES
 from neuron.text.history import is_deeper
-from neuron.text.schema import MAX_SCHEMA_DEPTH, MAX_SOURCE_BYTES, PreparedSchema
-from neuron.text.tools import END, START, CallForm
-
-JSON_OPTIONS: Final = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n]{0,16}"}
-"""White space is free but bounded: a model that is unsure likes to write it for ever."""
+from neuron.text.schema import MAX_SCHEMA_DEPTH, MAX_SOURCE_BYTES, PreparedSchema, json_rule
 
 
 def constraint_of(
     request: InferenceRequest,
-    form: CallForm = CallForm.TAGGED,
+    form: CallForm = HERMES,
     problem_with: Callable[[str], str] = LLMatcher.validate_grammar,
 ) -> str | None:
     """Return the grammar that the answer to ``request`` must follow, ``None`` if it is free.
@@ -63,7 +59,7 @@ def _format(asked: OutputFormat) -> str:
     """Return a rule ``answer``, or a whole grammar."""
     match asked.kind:
         case FormatKind.JSON_OBJECT:
-            return "answer: " + _json_rule({"type": "object"}, {})
+            return "answer: " + json_rule({"type": "object"}, {})
         case FormatKind.JSON_SCHEMA:
             try:
                 schema = json.loads(asked.source)
@@ -71,7 +67,7 @@ def _format(asked: OutputFormat) -> str:
                 raise InvalidSchemaError(f"it is not JSON: {error}", param="response_format") from None
             _check_depth(schema, "response_format")
             prepared = PreparedSchema(schema, strict=bool(asked.strict))
-            return "answer: " + _json_rule(prepared.schema, prepared.definitions)
+            return "answer: " + json_rule(prepared.schema, prepared.definitions)
         case FormatKind.REGEX:
             pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", asked.source).replace("\n", r"\n")
             return f"answer: /{pattern}/\n"
@@ -92,30 +88,12 @@ def _format(asked: OutputFormat) -> str:
 
 def _calls(tools: tuple[Tool, ...], form: CallForm, *, parallel: bool) -> str:
     """Return the rules of one or more calls of ``tools``."""
-    key_of_arguments = "parameters" if form is CallForm.LLAMA else "arguments"
-    bodies = []
-    for index, tool in enumerate(tools):
+    forced = []
+    for tool in tools:
         _check_depth(tool.parameters, "tools")
         prepared = PreparedSchema({"type": "object", **tool.parameters}, strict=bool(tool.strict), param="tools")
-        schema: dict[str, Any] = {
-            "type": "object",
-            "properties": {"name": {"const": tool.name}, key_of_arguments: prepared.schema},
-            "required": ["name", key_of_arguments],
-            "additionalProperties": False,
-        }
-        bodies.append(f"call_{index}: {_json_rule(schema, prepared.definitions)}")
-    names = " | ".join(f"call_{index}" for index in range(len(tools)))
-    if form is CallForm.LLAMA:
-        more = ' ("; " call)*' if parallel else ""
-        return f"calls: call{more}\ncall: {names}\n" + "".join(bodies)
-    more = ' ("\\n" call)*' if parallel else ""
-    return f'calls: call{more}\ncall: "{START}\\n" ({names}) "\\n{END}"\n' + "".join(bodies)
-
-
-def _json_rule(schema: Any, definitions: Mapping[str, Any]) -> str:
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
-    return "%json " + json.dumps({**schema, "$defs": definitions, "x-guidance": JSON_OPTIONS}) + "\n"
+        forced.append(ForcedTool(tool.name, tool.parameters, prepared))
+    return form.grammar(forced, parallel)
 
 
 def _plain(problem: str) -> str:

@@ -209,7 +209,7 @@ class ModelText:
         vocabulary = sorted(files.tokenizer.get_vocab().items())
         return TextDescription(
             can_chat=prompts.can_chat,
-            call_form=prompts.call_form.value,
+            call_form=prompts.call_form.name,
             tags=None if tags is None else (tags.start, tags.end),
             tag_ids=tag_ids,
             markers=prompts.markers,

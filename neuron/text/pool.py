@@ -33,11 +33,11 @@ from neuron.device.probe import usable_cores
 from neuron.errors import PromptTooCostlyError, TemplateError, UnsupportedTokenizerError
 from neuron.text import jobs
 from neuron.text.child import Death, TextProcess
+from neuron.text.forms.registry import FORMS
 from neuron.text.jobs import Limits, Step
 from neuron.text.model_text import param_of_grammar
 from neuron.text.reasoning import ReasoningTags
 from neuron.text.schema import holds_schemas
-from neuron.text.tools import CallForm
 
 MAX_WAITING: Final = 1024
 """Jobs that may wait in a queue; further ones are refused with 429."""
@@ -150,7 +150,7 @@ class TextModel:
         self.tokenizer = tokenizer
         """Makes text of ids; it makes no ids."""
         self.can_chat = description.can_chat
-        self.call_form = CallForm(description.call_form)
+        self.call_form = FORMS[description.call_form]
         self.tags = ReasoningTags(*description.tags) if description.tags else None
         self.tag_ids = description.tag_ids
         """Ids of ``tags``; ``None`` where they are no tokens."""

@@ -23,6 +23,7 @@ from neuron.errors import NoTemplateError, TemplateError
 from neuron.text import pieces
 from neuron.text.chat_template import ChatTemplate
 from neuron.text.client_text import ControlTokens, Marking, texts_in
+from neuron.text.forms.registry import MARKERS, form_of
 from neuron.text.history import (
     arguments_object,
     merge_adjacent,
@@ -36,7 +37,6 @@ from neuron.text.history import (
 from neuron.text.infill import infill_form
 from neuron.text.reasoning import ReasoningTags
 from neuron.text.tokenizer import TextFiles
-from neuron.text.tools import MARKERS, form_of
 
 _TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """Exceptions that a template raises, by itself or for a conversation it was not written for."""

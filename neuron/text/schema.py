@@ -34,6 +34,9 @@ MAX_LENGTH: Final = 2**24
 LEAST_INTEGER: Final = -9 * 10**18
 """Below it, down to the least of 64 bits, the compiler counts without end."""
 
+JSON_OPTIONS: Final = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n]{0,16}"}
+"""White space is free but bounded: a model that is unsure likes to write it for ever."""
+
 _AS_IT_IS: Final = ("type", "required", "minLength", "minItems", "minProperties", "maxProperties")
 _BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _REFERENCES: Final = ("$ref", "$dynamicRef", "$recursiveRef")
@@ -328,6 +331,13 @@ class PreparedSchema:
         for key in _DEPENDENCIES:
             if schema.get(key):
                 self._leave_out(key, "a grammar has no conditions")
+
+
+def json_rule(schema: Any, definitions: Mapping[str, Any]) -> str:
+    """Return the right side of a Lark rule of JSON that follows a prepared schema."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    return "%json " + json.dumps({**schema, "$defs": definitions, "x-guidance": JSON_OPTIONS}) + "\n"
 
 
 def holds_schemas(request: InferenceRequest) -> bool:

@@ -17,14 +17,15 @@ from neuron.device import jobs
 from neuron.device.jobs import ConstraintSettings, SequenceEnd
 from neuron.engine.model_engine import ModelEngine
 from neuron.text.detokenize import Detokenizer
+from neuron.text.forms.form import CallForm
+from neuron.text.forms.registry import FORMS, HERMES
 from neuron.text.grammar import constraint_of
-from neuron.text.tools import CallForm
 
 EOS = 2
 PROMPT = [1, 50, 60, 70]
 
 
-def grammar(kind: FormatKind, source: str = "", form: CallForm = CallForm.TAGGED, **changes: Any) -> str:
+def grammar(kind: FormatKind, source: str = "", form: CallForm = HERMES, **changes: Any) -> str:
     request = InferenceRequest("m", prompt="x", output_format=OutputFormat(kind, source), **changes)
     found = constraint_of(request, form)
     assert found is not None
@@ -167,7 +168,7 @@ TOOLS = (
 
 @pytest.mark.parametrize("mode", [ToolMode.REQUIRED, ToolMode.NAMED])
 @pytest.mark.parametrize("parallel", [True, False])
-@pytest.mark.parametrize("form", CallForm)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_call_is_forced(driver: Any, tokenizer: Tokenizer, mode: ToolMode, parallel: bool, form: CallForm) -> None:
     choice = ToolChoice(mode, "stop" if mode is ToolMode.NAMED else None, parallel)
     constraint = ConstraintSettings(grammar(FormatKind.TEXT, form=form, tools=TOOLS, tool_choice=choice))

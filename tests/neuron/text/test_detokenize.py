@@ -17,8 +17,8 @@ from cortex.wire.events import (
 from cortex.wire.request import Tool
 from neuron.device.jobs import SequenceEnd
 from neuron.text.detokenize import Detokenizer
+from neuron.text.forms.registry import FORMS
 from neuron.text.reasoning import ReasoningTags
-from neuron.text.tools import CallForm
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_special_tokens_are_not_text(byte_tokenizer: Tokenizer) -> None:
 def test_a_special_token_that_marks_a_call_is_read(byte_tokenizer: Tokenizer) -> None:
     ids = [0, *byte_tokenizer.encode('f{"x": 1}').ids]
     detokenizer = Detokenizer(
-        byte_tokenizer, tools=[Tool("f")], call_form=CallForm.MISTRAL, markers={0: "[TOOL_CALLS]"}
+        byte_tokenizer, tools=[Tool("f")], call_form=FORMS["mistral"], markers={0: "[TOOL_CALLS]"}
     )
     call, end = detokenizer.feed(ids) + detokenizer.close(SequenceEnd.STOP)
     assert isinstance(call, ToolCallDelta)

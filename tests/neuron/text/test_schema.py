@@ -15,9 +15,10 @@ import pytest
 
 from cortex.wire.errors import InvalidSchemaError
 from cortex.wire.request import FormatKind, InferenceRequest, OutputFormat, Tool, ToolChoice, ToolMode
+from neuron.text.forms.form import CallForm
+from neuron.text.forms.registry import FORMS, HERMES
 from neuron.text.grammar import constraint_of
 from neuron.text.schema import PreparedSchema, left_out
-from neuron.text.tools import CallForm
 
 ZOD: dict[str, Any] = json.loads((pathlib.Path(__file__).parent / "schemas" / "zod.json").read_text())
 
@@ -164,7 +165,7 @@ def test_schemas_of_zod_and_pydantic_compile_and_answers_fit_them(name: str) -> 
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-@pytest.mark.parametrize("form", [CallForm.TAGGED, CallForm.LLAMA])
+@pytest.mark.parametrize("form", [HERMES, FORMS["llama"], FORMS["xml"]])
 def test_tools_of_such_schemas_can_be_forced(name: str, form: CallForm) -> None:
     tool = Tool("f", "", SCHEMAS[name])
     choice = ToolChoice(ToolMode.NAMED, "f", parallel=False)
@@ -209,7 +210,7 @@ REFERENCES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("schema", REFERENCES)
-@pytest.mark.parametrize(("form", "key"), [(CallForm.TAGGED, "arguments"), (CallForm.LLAMA, "parameters")])
+@pytest.mark.parametrize(("form", "key"), [(HERMES, "arguments"), (FORMS["llama"], "parameters")])
 def test_references_of_a_forced_tool_are_to_its_own_schema(schema: dict[str, Any], form: CallForm, key: str) -> None:
     choice = ToolChoice(ToolMode.REQUIRED, parallel=False)
     tool = Tool("f", "", schema)

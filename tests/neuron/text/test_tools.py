@@ -8,8 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cortex.wire.request import Tool
-from neuron.text.call_pieces import CallArguments, CallBegins, CallEnds, Piece
-from neuron.text.tools import CallForm, ToolCallParser, form_of
+from neuron.text.forms.form import CallArguments, CallBegins, CallEnds, CallForm, Piece
+from neuron.text.forms.registry import FORMS, HERMES, form_of
+from neuron.text.tools import ToolCallParser
 
 OBJECT = '{"x": [1, 2]}'
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": [1, 2]}}\n</tool_call>'
@@ -23,9 +24,14 @@ EDIT = Tool(
 )
 
 
-def parse(pieces: list[str], form: CallForm = CallForm.TAGGED, *, cut: bool = False) -> list[str | tuple[str, str]]:
+def parse(pieces: list[str], form: CallForm = HERMES, *, cut: bool = False) -> list[str | tuple[str, str]]:
+    """Return what :func:`parse_with` does of an answer that may call ``edit``."""
+    return parse_with([EDIT], pieces, form, cut=cut)
+
+
+def parse_with(tools: list[Tool], pieces: list[str], form: CallForm, *, cut: bool = False) -> list[Any]:
     """Return text, and calls as pairs of a name and arguments; a call that has no end ends with ``...``."""
-    parser = ToolCallParser(form, [EDIT])
+    parser = ToolCallParser(form, tools)
     found: list[Piece] = [piece for text in pieces for piece in parser.feed(text)] + parser.close(cut=cut)
     joined: list[Any] = []
     open_call = False
@@ -110,9 +116,9 @@ MISTRAL = [
     (CALL, [F]),
 ]  # fmt: skip
 CASES = [
-    *((CallForm.TAGGED, *case) for case in TAGGED),
-    *((CallForm.LLAMA, *case) for case in LLAMA),
-    *((CallForm.MISTRAL, *case) for case in MISTRAL),
+    *((HERMES, *case) for case in TAGGED),
+    *((FORMS["llama"], *case) for case in LLAMA),
+    *((FORMS["mistral"], *case) for case in MISTRAL),
 ]
 
 
@@ -159,8 +165,8 @@ def test_a_call_that_is_cut_does_not_look_complete(text: str, expected: Any) -> 
     assert parse([text], cut=True) == [expected]
 
 
-@given(st.text(alphabet='<>/tol_ca{}": f\n', max_size=40), st.sampled_from(CallForm))
-@example("\n<tool_call>\n{", CallForm.TAGGED)
+@given(st.text(alphabet='<>/tol_ca{}": f\n', max_size=40), st.sampled_from(list(FORMS.values())))
+@example("\n<tool_call>\n{", HERMES)
 def test_text_without_a_call_is_never_lost(text: str, form: CallForm) -> None:
     found = parse(list(text), form)
     if all(isinstance(piece, str) for piece in found):
@@ -175,7 +181,7 @@ SOUP = st.lists(
 )  # fmt: skip
 
 
-@given(SOUP, st.sampled_from(CallForm), st.booleans(), st.data())
+@given(SOUP, st.sampled_from(list(FORMS.values())), st.booleans(), st.data())
 def test_any_cut_of_anything_gives_the_same(words: list[str], form: CallForm, cut: bool, data: st.DataObject) -> None:
     text = "".join(words)
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
@@ -200,12 +206,13 @@ def test_any_object_goes_through_byte_for_byte(arguments: dict[str, Any], ascii_
 @pytest.mark.parametrize(
     ("template", "form"),
     [
-        (None, CallForm.TAGGED),
-        ("{{ messages }} [TOOL_CALLS]", CallForm.TAGGED),
-        ("{% if tools %}<tool_call>", CallForm.TAGGED),
-        ("{% if tools %}<|python_tag|> <|start_header_id|>", CallForm.LLAMA),
-        ("{% if tools %}[TOOL_CALLS]", CallForm.MISTRAL),
-        ("{% if tools %}<|im_start|>", CallForm.TAGGED),
+        (None, HERMES),
+        ("{{ messages }} [TOOL_CALLS]", HERMES),
+        ("{% if tools %}<tool_call>", HERMES),
+        ("{% if tools %}<|python_tag|> <|start_header_id|>", FORMS["llama"]),
+        ("{% if tools %}[TOOL_CALLS]", FORMS["mistral"]),
+        ("{% if tools %}<|im_start|>", HERMES),
+        ("{% if tools %}<tool_call>\n<function=example>", FORMS["xml"]),
     ],
 )
 def test_the_template_selects_the_form(template: str | None, form: CallForm) -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuron.text.bare_values import as_json
-from neuron.text.call_pieces import CallArguments, CallBegins, CallEnds
-from neuron.text.xml_calls import XmlCall
+from neuron.text.forms.bare_values import as_json
+from neuron.text.forms.form import CallArguments, CallBegins, CallEnds
+from neuron.text.forms.xml import FUNCTION, XmlReader
 
 PARAMETERS: dict[str, Any] = {
     "type": "object",
@@ -79,7 +79,7 @@ TYPED: list[tuple[str, str, Any]] = [
 
 def arguments(text: str, cuts: list[int] | None = None, *, cut: bool = False, schema: Any = PARAMETERS) -> str:
     """Return the arguments of the one call that ``text`` is, given in pieces."""
-    call = XmlCall({"f": schema})
+    call, text = XmlReader(FUNCTION, {"f": schema}), text.removeprefix(FUNCTION)
     edges = [0, *sorted(at % (len(text) + 1) for at in cuts or []), len(text)]
     pieces = [piece for start, end in itertools.pairwise(edges) for piece in call.feed(text[start:end])]
     pieces += call.close(cut=cut)
@@ -181,8 +181,8 @@ def test_any_cut_gives_the_same(pieces: list[str], cuts: list[int], cut: bool) -
 
 
 def test_a_string_is_streamed_as_it_comes_and_a_cut_call_stays_open() -> None:
-    call = XmlCall({"f": PARAMETERS})
-    call.feed("<function=f>\n<parameter=text>\n")
+    call = XmlReader(FUNCTION, {"f": PARAMETERS})
+    call.feed("f>\n<parameter=text>\n")
     assert call.feed("hello") == [CallArguments("hello")]
     assert call.feed(" wor") == [CallArguments(" wor")]
     assert arguments("<function=f>\n<parameter=text>\nhel", cut=True) == '{"text": "hel'
@@ -193,8 +193,8 @@ def test_a_string_is_streamed_as_it_comes_and_a_cut_call_stays_open() -> None:
 def test_a_long_value_is_read_once() -> None:
     """No bound of time here but that it ends: looked at again with each token, 400 kB would take minutes."""
     value = json.dumps(["x" * 50] * 8000)
-    call = XmlCall({"f": PARAMETERS})
-    pieces = call.feed("<function=f>\n<parameter=items>\n")
+    call = XmlReader(FUNCTION, {"f": PARAMETERS})
+    pieces = call.feed("f>\n<parameter=items>\n")
     for at in range(0, len(value), 4):
         pieces += call.feed(value[at : at + 4])
     pieces += call.feed("\n</parameter>\n</function>")

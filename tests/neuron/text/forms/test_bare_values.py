@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from neuron.text import bare_values
-from neuron.text.bare_values import as_json, kinds_of, property_schema
+from neuron.text.forms import bare_values
+from neuron.text.forms.bare_values import as_json, kinds_of, property_schema
 
 
 @pytest.mark.parametrize("key", ["anyOf", "oneOf", "allOf"])

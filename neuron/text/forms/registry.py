@@ -1,0 +1,22 @@
+"""Forms of tool calls. A new one is a file beside this one and a line here."""
+
+from typing import Final
+
+from neuron.text.forms import hermes, llama, mistral, xml
+from neuron.text.forms.form import CallForm
+
+HERMES: Final = hermes.FORM
+"""Form of models whose templates show none."""
+FORMS: Final = {form.name: form for form in (mistral.FORM, llama.FORM, xml.FORM, HERMES)}
+"""Forms by name, in the order in which templates are asked for them."""
+ALWAYS_READ: Final = (HERMES, xml.FORM)
+"""Forms that any model may write."""
+MARKERS: Final = frozenset(text for form in FORMS.values() for text in (form.marker, *form.tokens))
+"""Texts that may be special tokens, which a tokenizer leaves out of its text."""
+
+
+def form_of(template: str | None) -> CallForm:
+    """Return the form that a chat template shows its model."""
+    if template is None or "tools" not in template:
+        return HERMES
+    return next((form for form in FORMS.values() if form.is_shown(template)), HERMES)
