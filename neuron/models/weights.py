@@ -24,7 +24,7 @@ from neuron.models.config import config_from_folder, config_from_gguf
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
 from neuron.models.fields import FACTORS
 from neuron.models.files import quoted
-from neuron.models.gguf import TensorInfo, TensorKind, name_of
+from neuron.models.gguf import KINDS, TensorInfo, TensorKind, name_of
 from neuron.models.gguf_parts import read_parts
 from neuron.models.model import ModelConfig
 from neuron.models.safetensors import DERIVED_TENSORS, TensorEntry, read_tensors
@@ -370,7 +370,7 @@ class GgufSource:
         """Return the mapped blocks."""
         tensor = self._tensors[name]
         packed, order = self._files.read(tensor), self._declared[name].gguf_order
-        return StoredTensor(TensorKind(tensor.kind), packed, order, self._scale(tensor))
+        return StoredTensor(KINDS[tensor.kind], packed, order, self._scale(tensor))
 
     def read_quantized(
         self, name: str, rows: range, columns: Runs, move: Callable[[torch.Tensor], torch.Tensor]
