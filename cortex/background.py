@@ -228,14 +228,14 @@ class Background:
             await self._end(run)
             return run.response
         stored = await owned.get(id)
-        response = orjson.loads(bytes(stored.body))
+        response = orjson.loads(stored.body)
         if not response.get("background"):
             raise InvalidRequestError("Cannot cancel a synchronous response.", param="response_id")
         if not stored.until:
-            return bytes(stored.body)
-        cancelled = msgspec.Raw(orjson.dumps(response | {"status": "cancelled"}))
+            return stored.body
+        cancelled = orjson.dumps(response | {"status": "cancelled"})
         await owned.put(id, msgspec.structs.replace(stored, body=cancelled, until=0))
-        return bytes(cancelled)
+        return cancelled
 
     async def end(self, owned: Conversations, id: str) -> None:
         """Cancel a run of this gateway, and wait for its end; ignore others."""
@@ -328,9 +328,9 @@ class Background:
 
     def _body(self, stored: StoredResponse) -> bytes:
         if not stored.until or self._clock() < stored.until:
-            return bytes(stored.body)
+            return stored.body
         error = {"code": "server_error", "message": "The gateway that made the response is gone."}
-        return orjson.dumps(orjson.loads(bytes(stored.body)) | {"status": "failed", "error": error})
+        return orjson.dumps(orjson.loads(stored.body) | {"status": "failed", "error": error})
 
     async def _follow_elsewhere(
         self, owned: Conversations, id: str, stored: StoredResponse, after: int
@@ -344,7 +344,7 @@ class Background:
                 return
             await asyncio.sleep(LOOK_S)
             stored = await owned.get(id)
-        run = Run(id, bytes(stored.body), owned)
+        run = Run(id, stored.body, owned)
         run.add_stored(stored.sse_events)
         run.publish_end()
         async for sse_events in run.follow(after):

@@ -128,6 +128,7 @@ class Gateway:
             self._store.on_damaged = self.metrics.damaged_stores.inc
         self._socket_memory = SocketMemory(settings.store.socket_bytes, settings.store.socket_bytes_per_key)
         conversations = Conversations(self._store, max_bytes=settings.gateway.max_body_bytes)
+        self._named = NamedConversations(self._store, max_bytes=settings.gateway.max_body_bytes)
         self.authenticator = Authenticator(
             keys or KeyRing(), _rate_limiter(settings.access), settings.access.reserve_tokens, local_token
         )
@@ -153,7 +154,7 @@ class Gateway:
         self.request_log.on_written = self._feed.journal.record
         counted = self._counted
         stored = StoredEndpoints(conversations, self._background)
-        named = ConversationEndpoints(NamedConversations(conversations))
+        named = ConversationEndpoints(self._named)
         self._paths: Mapping[str, Methods] = {
             CHAT.path: {"POST": inference.endpoint(CHAT)},
             EMBEDDINGS.path: {"POST": inference.endpoint(EMBEDDINGS)},
@@ -302,6 +303,7 @@ class Gateway:
         self.authenticator.keys, self.authenticator.reserve_tokens = keys, settings.access.reserve_tokens
         self._endpoints.catalogue = offered
         self._inference.reconfigure(settings, offered)
+        self._named.max_bytes = settings.gateway.max_body_bytes
         self.service.reconfigure(settings, offered)
 
     async def handle(self, exchange: Exchange) -> None:

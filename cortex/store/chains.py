@@ -8,7 +8,7 @@ import functools
 import logging
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 import orjson
@@ -18,13 +18,11 @@ from cortex.errors import (
     ConversationNotFoundError,
     ConversationTooLargeError,
     PreviousResponseNotFoundError,
-    ResponseNotFoundError,
     StoreFullError,
     StoreUnavailableError,
 )
 from cortex.store import interface, items
 from cortex.store.interface import ResponseStore, StoredResponse, StoreError
-from cortex.store.paging import page_of
 from cortex.wire.errors import ApiError, InvalidRequestError
 
 log = logging.getLogger("cortex.store")
@@ -60,6 +58,10 @@ class Chains:
         self.max_bytes = max_bytes
         """Limit of a request's items together with those that it continues or refers to."""
 
+    def of(self, owner: str) -> Self:
+        """Return the chains of a principal."""
+        return type(self)(self._store, owner, self.max_bytes) if owner != self.owner else self
+
     async def find(self, id: str) -> StoredResponse | None:
         """Return the entry of an id, or ``None``. Raises :class:`StoreUnavailableError`."""
         return await self._get(id)
@@ -82,33 +84,12 @@ class Chains:
         except StoreError as error:
             raise _unavailable(error) from error
 
-    async def get(self, id: str) -> StoredResponse:
-        """Return a stored response. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
-        stored = await self._get(id) if id.startswith(f"{RESPONSE}_") else None
-        if stored is None:
-            raise ResponseNotFoundError(f"Response with id '{id}' not found.", param="response_id")
-        return stored
-
-    async def delete(self, id: str) -> None:
-        """Delete a stored response. Raises as :meth:`get` does."""
-        if not (id.startswith(f"{RESPONSE}_") and await self.forget(id)):
-            raise ResponseNotFoundError(f"Response with id '{id}' not found.", param="response_id")
-
-    async def input_items(self, id: str, query: Mapping[str, str]) -> bytes:
-        """Return a page of the items of a response's own input. Raises as :func:`page_of` does."""
-        found = items.kept_items((await self.get(id)).items)
-        return await aside(found, lambda: page_of(found, query))
-
     async def name(self, id: str) -> StoredResponse:
         """Return the entry of a named conversation. Raises :class:`ConversationNotFoundError`."""
         stored = await self._get(id) if id.startswith(f"{NAME}_") else None
         if stored is None:
             raise ConversationNotFoundError(f"Conversation with id '{id}' not found.", param="conversation")
         return stored
-
-    async def items_of(self, id: str) -> list[msgspec.Raw]:
-        """Return all items of a conversation. Raises :class:`ConversationNotFoundError`."""
-        return (await self.load_named(await self.name(id), is_bounded=False))[1]
 
     async def chain_of(self, name: StoredResponse) -> tuple[str, ...]:
         """Return the ids of a conversation's responses, the latest first.
@@ -141,7 +122,7 @@ class Chains:
         async for id, stored in self._responses(previous, param):
             chain.append(id)
             try:
-                own = [*items.kept_items(stored.items), *items.output_items(bytes(stored.body))]
+                own = [*items.kept_items(stored.items), *items.output_items(stored.body)]
             except UNREADABLE:
                 log.error("what is stored as %s is damaged", id)
                 raise _not_found(previous, param) from None
@@ -211,7 +192,7 @@ class Chains:
         if stored is None:
             return {}, 0
         try:
-            return {items.id_of(item): item for item in items.output_items(bytes(stored.body))}, len(bytes(stored.body))
+            return {items.id_of(item): item for item in items.output_items(stored.body)}, len(stored.body)
         except UNREADABLE:
             log.error("what is stored as %s is damaged", id)
             return {}, 0

@@ -8,7 +8,7 @@ client, which may continue it at once; a failure to store it is logged, and the 
 import asyncio
 import contextlib
 import secrets
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,20 @@ import orjson
 from cortex._fast.peek import Peek, PeekTypeError, peek
 from cortex._fast.sse import SseDecoder
 from cortex.dialects.passthrough import NO_CONTEXT, ResponseContext
-from cortex.errors import NotAnAnswerError, StoreFullError, StoreUnavailableError
+from cortex.errors import NotAnAnswerError, ResponseNotFoundError, StoreFullError, StoreUnavailableError
 from cortex.store import items
-from cortex.store.chains import MAX_ITEMS_AT_ONCE, RESPONSE, UNANSWERED, UNREADABLE, Chains, check_length, store_error
+from cortex.store.chains import (
+    MAX_ITEMS_AT_ONCE,
+    RESPONSE,
+    UNANSWERED,
+    UNREADABLE,
+    Chains,
+    aside,
+    check_length,
+    store_error,
+)
 from cortex.store.interface import StoredResponse
+from cortex.store.paging import page_of
 from cortex.wire.errors import InvalidRequestError, InvalidTypeError
 
 
@@ -71,9 +81,22 @@ class PendingResponse:
 class Conversations(Chains):
     """The conversations of a principal; without a store, those of the request's connection alone."""
 
-    def of(self, owner: str) -> "Conversations":
-        """Return the conversations of a principal."""
-        return Conversations(self._store, owner, self.max_bytes) if owner != self.owner else self
+    async def get(self, id: str) -> StoredResponse:
+        """Return a stored response. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
+        stored = await self._get(id) if id.startswith(f"{RESPONSE}_") else None
+        if stored is None:
+            raise ResponseNotFoundError(f"Response with id '{id}' not found.", param="response_id")
+        return stored
+
+    async def delete(self, id: str) -> None:
+        """Delete a stored response. Raises as :meth:`get` does."""
+        if not (id.startswith(f"{RESPONSE}_") and await self.forget(id)):
+            raise ResponseNotFoundError(f"Response with id '{id}' not found.", param="response_id")
+
+    async def input_items(self, id: str, query: Mapping[str, str]) -> bytes:
+        """Return a page of the items of a response's own input. Raises as :func:`page_of` does."""
+        found = items.kept_items((await self.get(id)).items)
+        return await aside(found, lambda: page_of(found, query))
 
     async def begin(
         self, body: bytes, found: Peek, history: History | None = None, *, keeps: bool = True
@@ -216,7 +239,7 @@ class Conversations(Chains):
 
     def stored(self, pending: PendingResponse, response: bytes) -> StoredResponse:
         """Return a response in the form of the store."""
-        return StoredResponse(pending.previous, msgspec.Raw(items.listed(list(pending.items))), msgspec.Raw(response))
+        return StoredResponse(pending.previous, items.listed(list(pending.items)), response)
 
     async def settle(self, pending: PendingResponse, id: str, stored: StoredResponse) -> None:
         """Store a response that has ended, and let its conversation end with it.

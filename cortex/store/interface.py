@@ -22,15 +22,6 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
     """
 
     previous: str
-    items: msgspec.Raw
-    body: msgspec.Raw
-    sse_events: bytes = b""
-    until: float = 0
-    owner: str = ""
-
-
-class _Row(msgspec.Struct, frozen=True, array_like=True):
-    previous: str
     items: bytes
     body: bytes
     sse_events: bytes = b""
@@ -39,25 +30,21 @@ class _Row(msgspec.Struct, frozen=True, array_like=True):
 
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(_Row)
+_DECODER = msgspec.msgpack.Decoder(StoredResponse)
 
 
 def to_bytes(stored: StoredResponse) -> bytes:
     """Return a response as bytes."""
-    row = _Row(stored.previous, bytes(stored.items), bytes(stored.body), stored.sse_events, stored.until, stored.owner)
-    return _ENCODER.encode(row)
+    return _ENCODER.encode(stored)
 
 
 def from_bytes(value: bytes) -> StoredResponse | None:
     """Return the response from :func:`to_bytes`; ``None`` for other bytes, which count as absent."""
     try:
-        row = _DECODER.decode(value)
+        return _DECODER.decode(value)
     except (msgspec.MsgspecError, TypeError, ValueError, RecursionError):
         _log_damaged()
         return None
-    return StoredResponse(
-        row.previous, msgspec.Raw(row.items), msgspec.Raw(row.body), row.sse_events, row.until, row.owner
-    )
 
 
 @functools.cache

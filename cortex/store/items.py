@@ -97,7 +97,7 @@ def id_of(item: msgspec.Raw) -> str:
         return ""
 
 
-def kept_items(listing: msgspec.Raw) -> list[msgspec.Raw]:
+def kept_items(listing: bytes) -> list[msgspec.Raw]:
     """Return the items of a listing that :func:`listed` wrote."""
     return _ITEMS.decode(listing)
 

@@ -14,28 +14,15 @@ import orjson
 
 from cortex.errors import ConversationNotFoundError
 from cortex.store import items as stored_items
-from cortex.store.chains import NAME, UNANSWERED, aside
-from cortex.store.conversation import Conversations
+from cortex.store.chains import NAME, UNANSWERED, Chains, aside
 from cortex.store.interface import StoredResponse
 from cortex.wire.errors import InvalidTypeError
 
-_NO_ANSWER = msgspec.Raw(b'{"output":[]}')
+_NO_ANSWER = b'{"output":[]}'
 
 
-class NamedConversations:
-    """The named conversations of a store."""
-
-    def __init__(self, conversations: Conversations) -> None:
-        self._conversations = conversations
-
-    @property
-    def max_bytes(self) -> int:
-        """Limit of a body and of a conversation."""
-        return self._conversations.max_bytes
-
-    def of(self, owner: str) -> "NamedConversations":
-        """Return the conversations of a principal."""
-        return NamedConversations(self._conversations.of(owner))
+class NamedConversations(Chains):
+    """The named conversations of a principal."""
 
     async def create(self, items: list[dict[str, Any]], metadata: dict[str, str]) -> dict[str, Any]:
         """Make a conversation of some items, and return it. Raises :class:`StoreUnavailableError`."""
@@ -47,32 +34,32 @@ class NamedConversations:
             "created_at": int(time.time()),
             "metadata": metadata,
         }
-        name = StoredResponse("", msgspec.Raw(b"[]"), msgspec.Raw(orjson.dumps(conversation)))
-        await self._conversations.put(id, name)
+        name = StoredResponse("", b"[]", orjson.dumps(conversation))
+        await self.put(id, name)
         if items:
             await self.add_items(id, items)
         return conversation
 
     async def get(self, id: str) -> dict[str, Any]:
         """Return a conversation. Raises :class:`ConversationNotFoundError`, as all below do."""
-        conversation: dict[str, Any] = orjson.loads(bytes((await self._conversations.name(id)).body))
+        conversation: dict[str, Any] = orjson.loads((await self.name(id)).body)
         return conversation
 
     async def update(self, id: str, metadata: dict[str, str]) -> dict[str, Any]:
         """Replace the metadata of a conversation."""
-        name = await self._conversations.name(id)
-        conversation: dict[str, Any] = orjson.loads(bytes(name.body)) | {"metadata": metadata}
-        await self._conversations.put(id, msgspec.structs.replace(name, body=msgspec.Raw(orjson.dumps(conversation))))
+        name = await self.name(id)
+        conversation: dict[str, Any] = orjson.loads(name.body) | {"metadata": metadata}
+        await self.put(id, msgspec.structs.replace(name, body=orjson.dumps(conversation)))
         return conversation
 
     async def delete(self, id: str) -> None:
         """Delete the conversation; its responses stay."""
-        await self._conversations.name(id)
-        await self._conversations.forget(id)
+        await self.name(id)
+        await self.forget(id)
 
     async def items(self, id: str) -> list[msgspec.Raw]:
         """Return the items of a conversation, the oldest first."""
-        return await self._conversations.items_of(id)
+        return (await self.load_named(await self.name(id), is_bounded=False))[1]
 
     async def item(self, id: str, item_id: str) -> bytes:
         """Return an item of a conversation."""
@@ -89,20 +76,20 @@ class NamedConversations:
             ConversationFullError: the chain has its greatest length.
         """
         _check(items)
-        name = await self._conversations.name(id)
-        chain = await self._conversations.chain_of(name)
+        name = await self.name(id)
+        chain = await self.chain_of(name)
         listed = stored_items.listed(items)
         unanswered = f"{UNANSWERED}_{secrets.token_hex(24)}"
-        await self._conversations.put(unanswered, StoredResponse(name.previous, msgspec.Raw(listed), _NO_ANSWER), chain)
-        await self._conversations.put(id, msgspec.structs.replace(name, previous=unanswered))
-        return stored_items.kept_items(msgspec.Raw(listed))
+        await self.put(unanswered, StoredResponse(name.previous, listed, _NO_ANSWER), chain)
+        await self.put(id, msgspec.structs.replace(name, previous=unanswered))
+        return stored_items.kept_items(listed)
 
     async def delete_item(self, id: str, item_id: str) -> dict[str, Any]:
         """Delete an item and return the conversation."""
-        name = await self._conversations.name(id)
+        name = await self.name(id)
         await self.item(id, item_id)
-        gone = [*orjson.loads(bytes(name.items)), item_id]
-        await self._conversations.put(id, msgspec.structs.replace(name, items=msgspec.Raw(orjson.dumps(gone))))
+        gone = [*orjson.loads(name.items), item_id]
+        await self.put(id, msgspec.structs.replace(name, items=orjson.dumps(gone)))
         return await self.get(id)
 
 
