@@ -145,10 +145,10 @@ def decoder_of(
 
 def kinds_of(fields: Fields, other: str = WINDOWED) -> tuple[str, ...]:
     """Return the kind of each layer, attention or ``other``; nothing where the file does not tell."""
-    kinds, num_layers = fields.names("layer_types"), fields.size("num_hidden_layers")
+    kinds, num_layers = fields.layer_kinds(), fields.size("num_hidden_layers")
     if kinds and (len(kinds) != num_layers or set(kinds) - {other, NOT_WINDOWED}):
         raise CorruptWeightsError(
-            fields.path, f"layer_types does not name a known kind for each of {num_layers} layers"
+            fields.path, f"{fields.key('layer_types')} does not name a known kind for each of {num_layers} layers"
         )
     return kinds
 

@@ -65,6 +65,7 @@ GGUF_KEYS: Final = {
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
     "num_nextn_predict_layers": "nextn_predict_layers",
+    "layer_types": "attention.recurrent_layers",
     "linear_conv_kernel_dim": "ssm.conv_kernel",
     "linear_key_head_dim": "ssm.state_size",
     "linear_num_key_heads": "ssm.group_count",
@@ -163,6 +164,10 @@ class Fields(abc.ABC):
             raise CorruptWeightsError(self.path, f"{key} is {quoted(value)}, not a list of names")
         return tuple(value)
 
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Return the kind of each layer; nothing where the file does not tell."""
+        return self.names("layer_types")
+
     def flag(self, name: str, default: bool = False) -> bool:
         """Return a truth value."""
         key = self.key(name)
@@ -220,6 +225,15 @@ class GgufFields(Fields):
     def key(self, name: str) -> str:
         """See :class:`Fields`."""
         return GGUF_KEYS.get(name, name)
+
+    def layer_kinds(self) -> tuple[str, ...]:
+        """See :class:`Fields`; a file tells which layers are recurrent."""
+        key, found = self.key("layer_types"), self.value("layer_types")
+        if found is None:
+            return ()
+        if not isinstance(found, list) or not all(isinstance(is_recurrent, bool) for is_recurrent in found):
+            raise CorruptWeightsError(self.path, f"{key} is {quoted(found)}, not a list of true and false")
+        return tuple(RECURRENT if is_recurrent else NOT_WINDOWED for is_recurrent in found)
 
     def rope_fields(self, kind: str = NOT_WINDOWED) -> "GgufFields":
         """See :class:`Fields`; only the frequencies of layers without a window are scaled."""

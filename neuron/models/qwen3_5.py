@@ -79,7 +79,7 @@ def hybrid(name: str, fields: Fields, feed_forward: tuple[Layer, ...], **differe
     kinds = kinds_of(fields, RECURRENT) or [RECURRENT if (i + 1) % every else NOT_WINDOWED for i in range(count)]
     if NOT_WINDOWED not in kinds:
         raise UnsupportedArchitectureError(f"{fields.path}: a model without a layer of attention is not supported")
-    mixers = [delta if kind == RECURRENT else attention for kind in kinds]
+    mixers = [delta if kind == RECURRENT else attention for kind in kinds[:count]]
     drafting = range(count, count + _num_drafting(fields))
     return decoder_of(
         name,

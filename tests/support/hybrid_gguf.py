@@ -85,6 +85,7 @@ def _add_settings(writer: gguf.GGUFWriter, values: dict[str, Any], num_drafting:
     writer.add_layer_norm_rms_eps(values["rms_norm_eps"])
     writer.add_rope_freq_base(values["rope_parameters"]["rope_theta"])
     writer.add_rope_dimension_count(values["head_dim"] // 4)
+    writer.add_full_attention_interval(values["layer_types"].index("full_attention") + 1)
     writer.add_ssm_conv_kernel(values["linear_conv_kernel_dim"])
     writer.add_ssm_state_size(values["linear_key_head_dim"])
     writer.add_ssm_group_count(values["linear_num_key_heads"])

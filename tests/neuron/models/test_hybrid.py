@@ -14,11 +14,14 @@ from hybrid_gguf import write_gguf
 from hybrid_models import CONFIG, make_model
 
 from cortex.wire.errors import ApiError
+from neuron.layers.attention import Attention
 from neuron.layers.cache import MAX_DRAFTS, SequenceState
 from neuron.layers.gated_delta import GatedDelta
 from neuron.layers.shard import Shard
-from neuron.models.config import read_config
+from neuron.models.config import config_from_gguf, read_config
 from neuron.models.decoder import Decoder
+from neuron.models.errors import CorruptWeightsError
+from neuron.models.gguf_parts import read_parts
 
 from .test_parity import assert_close, expected_of, run_engine
 
@@ -94,6 +97,22 @@ def test_gguf_has_the_logits_of_safetensors(case: Any, harness: Any, tmp_path: p
     write_gguf(path, tmp_path / "model.gguf")
     tokens, logits = run_engine(harness, tmp_path / "model.gguf", prompts[3:], 512, NUM_TOKENS)
     check((tokens, logits), expected[3:])
+
+
+def test_gguf_tells_which_layers_are_recurrent(tmp_path: pathlib.Path) -> None:
+    path = write_gguf(make_model("small", tmp_path), tmp_path / "model.gguf")
+    header, key = read_parts(path), "qwen35.attention.recurrent_layers"
+    header = dataclasses.replace(header, tensors=tuple(t for t in header.tensors if "blk." not in t.name))
+
+    def kinds(**values: Any) -> list[type]:
+        changed = dataclasses.replace(header, metadata={**header.metadata, **values})
+        return [type(block[0]) for block in config_from_gguf(path, changed).blocks]
+
+    assert kinds() == [GatedDelta, Attention, GatedDelta], "every second has attention"
+    assert kinds(**{key: [False, True, True]}) == [Attention, GatedDelta, GatedDelta]
+    for value in ([True, False], [True] * 4, [1, 0, 1], True, "all"):
+        with pytest.raises(CorruptWeightsError, match="recurrent_layers"):
+            kinds(**{key: value})
 
 
 @pytest.mark.parametrize(
