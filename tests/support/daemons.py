@@ -235,16 +235,16 @@ MODEL = "SmolLM2-135M-Instruct"
 
 
 @contextlib.contextmanager
-def neuron(folder: pathlib.Path, weights: pathlib.Path, **environment: str) -> Iterator[Daemon]:
-    """A neuron on the CPU with the real small model loaded."""
+def neuron(folder: pathlib.Path, weights: pathlib.Path, model: str = MODEL, **environment: str) -> Iterator[Daemon]:
+    """A neuron on the CPU with ``model`` loaded, by default the real small one."""
     port = free_port()
     config = folder / "neuron.toml"
     config.write_text(
         f'[daemon]\nname = "test"\nlisten = "127.0.0.1:{port}"\ndevices = "cpu"\n\n'
-        f'[[models]]\nid = "{MODEL}"\nsource = "{weights}"\n'
+        f'[[models]]\nid = "{model}"\nsource = "{weights}"\n'
     )
     with daemon("neuron", "--config", str(config), port=port, log=folder / "neuron.log", **environment) as found:
-        until(lambda: model_state(found) == "ready", START_TIMEOUT_S, "the model is ready")
+        until(lambda: model_state(found, model) == "ready", START_TIMEOUT_S, "the model is ready")
         yield found
 
 

@@ -1,0 +1,75 @@
+"""A trained model that reasons, behind both daemons: the same in each dialect, whole and streamed."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import daemons
+import httpx
+import hybrid_models
+import pytest
+
+MODEL = "trained"
+QUESTION = "Now the door is red, the lamp is blue. What colour is the door?"
+MESSAGES = [{"role": "user", "content": QUESTION}]
+ASKED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "chat/completions": ({"messages": MESSAGES}, {}, {"reasoning_effort": "none"}),
+    "responses": ({"input": QUESTION}, {"reasoning": {"effort": "high"}}, {"reasoning": {"effort": "none"}}),
+    "messages": ({"messages": MESSAGES, "max_tokens": 60}, {"thinking": {"type": "adaptive"}}, {}),
+}
+"""Path of each dialect: a question, and what turns reasoning on and off."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[daemons.Daemon]:
+    weights = hybrid_models.TRAINED["qwen3_5"]
+    with (
+        daemons.neuron(tmp_path_factory.mktemp("neuron"), weights, MODEL) as node,
+        daemons.cortex(tmp_path_factory.mktemp("cortex"), node, model=MODEL) as gateway,
+    ):
+        yield gateway
+
+
+def whole(answer: dict[str, Any]) -> tuple[str, str]:
+    """Return the thought and the text of an answer."""
+    if "choices" in answer:
+        message = answer["choices"][0]["message"]
+        return message.get("reasoning_content") or "", message["content"]
+    if "output" in answer:
+        parts = {item["type"]: item["content"][0]["text"] for item in answer["output"]}
+        return parts.get("reasoning", ""), parts["message"]
+    blocks = {block["type"]: block for block in answer["content"]}
+    return blocks.get("thinking", {}).get("thinking", ""), blocks["text"]["text"]
+
+
+def streamed(events: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return the thought and the text of a stream."""
+    thought, text = "", ""
+    for event in events:
+        if choices := event.get("choices"):
+            thought += choices[0]["delta"].get("reasoning_content") or ""
+            text += choices[0]["delta"].get("content") or ""
+        match event.get("type"):
+            case "response.reasoning_text.delta":
+                thought += event["delta"]
+            case "response.output_text.delta":
+                text += event["delta"]
+            case "content_block_delta":
+                thought += event["delta"].get("thinking", "")
+                text += event["delta"].get("text", "")
+    return thought, text
+
+
+@pytest.mark.parametrize("path", ASKED)
+@pytest.mark.parametrize("thinks", [True, False])
+def test_each_dialect_has_the_thought_and_the_answer(server: daemons.Daemon, path: str, thinks: bool) -> None:
+    question, on, off = ASKED[path]
+    asked = {"model": MODEL, "temperature": 0, **question, **(on if thinks else off)}
+    reply = httpx.post(f"{server.url}/v1/{path}", json=asked, timeout=60)
+    assert reply.status_code == 200, reply.text
+    thought, text = whole(reply.json())
+    assert text.startswith("The door is ")
+    assert thought.startswith("It was said that the door is ") if thinks else thought == ""
+    stream = httpx.post(f"{server.url}/v1/{path}", json={**asked, "stream": True}, timeout=60)
+    lines = stream.text.splitlines()
+    assert streamed([json.loads(line[6:]) for line in lines if line.startswith("data: {")]) == (thought, text)
