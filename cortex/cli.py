@@ -1,4 +1,4 @@
-"""The command ``cortex``: ``serve``, ``demo``, and the commands of :mod:`cortex.operate` for a running gateway.
+"""The command ``cortex``: ``serve``, ``demo``, and the commands for a running gateway, each group in its own module.
 
 Exit status 2 with one line for a wrong configuration, 1 for a gateway that cannot be reached, 0 otherwise.
 """
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cortex import __version__, gateway_client, logs, operate, systemd
+from cortex import __version__, gateway_client, launch, logs, operate, systemd
 from cortex.build_identity import COMMIT
 from cortex.settings import ConfigError, split_address
 
@@ -37,7 +37,8 @@ KILL_MARGIN_S = 10
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = command_line()
-    options = parser.parse_args(arguments)
+    own, words = launch.split_words(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(own, argparse.Namespace(words=words))
     try:
         match options.command:
             case "serve":
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return run(options)
     except ConfigError as error:
         return _fail(str(error), EXIT_CONFIG)
-    except gateway_client.GatewayError as error:
+    except (gateway_client.GatewayError, launch.LaunchError) as error:
         return _fail(str(error), EXIT_UNREACHABLE)
     except KeyboardInterrupt:
         return 0
@@ -76,6 +77,7 @@ def command_line() -> argparse.ArgumentParser:
     serve.add_argument("--check", action="store_true", help="check the configuration and exit")
 
     operate.add_commands(commands)
+    launch.add_command(commands)
 
     demo = commands.add_parser("demo", help="chat with a small real model, all on this machine")
     demo.add_argument("--once", action="store_true", help="end after one answer")

@@ -23,6 +23,8 @@ LOOK_TIMEOUT_S = 10.0
 ACT_TIMEOUT_S = 3600.0
 """Timeout of an action: a load may have to download its weights first."""
 KEY_VARIABLE = "CORTEX_KEY"
+STRANGER = "what answers there is no gateway, or one of another version: its answer cannot be read"
+"""Message for an answer without what a gateway's has."""
 
 
 class GatewayError(Exception):

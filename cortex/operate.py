@@ -194,7 +194,7 @@ def _keys(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace, answer: bytes, member: str, show: Callable[[Any], object]) -> int:
     """Print a response, which must have ``member``. Raises :class:`GatewayError` for another server's."""
-    stranger = GatewayError("what answers there is no gateway, or one of another version: its answer cannot be read")
+    stranger = GatewayError(gateway_client.STRANGER)
     try:
         value = orjson.loads(answer)
         if not isinstance(value, dict) or member not in value:

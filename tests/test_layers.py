@@ -42,11 +42,11 @@ neuron.engine_settings neuron.metrics
 cortex._fast.record cortex.gateway_client cortex.known_models cortex.store cortex.upstream neuron.api_description
 neuron.call_headers neuron.config neuron.models
 
-cortex._fast.stream_forwarder cortex.background cortex.conversation_endpoints cortex.fleet cortex.metrics
-cortex.operate cortex.preflight cortex.responses_socket neuron.load neuron.text.tekken
+cortex._fast.stream_forwarder cortex.agents cortex.background cortex.conversation_endpoints cortex.fleet
+cortex.metrics cortex.operate cortex.preflight cortex.responses_socket neuron.load neuron.text.tekken
 
-cortex.admin cortex.admin_models cortex.endpoints cortex.reload cortex.request_log cortex.stored_endpoints
-cortex.stream_forwarding neuron.text.tokenizer
+cortex.admin cortex.admin_models cortex.endpoints cortex.launch cortex.reload cortex.request_log
+cortex.stored_endpoints cortex.stream_forwarding neuron.text.tokenizer
 
 cortex._fast.fast_path cortex.api_description cortex.cli cortex.dashboard neuron.engine neuron.text
 

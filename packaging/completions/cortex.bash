@@ -4,13 +4,13 @@ _cortex() {
     COMPREPLY=()
     case "$previous" in
         --config|--key-file|--ca-file) mapfile -t COMPREPLY < <(compgen -f -- "$current"); return ;;
-        --listen|--metrics-listen|--workers|--url|--node|--drain-timeout|--new) return ;;
+        --listen|--metrics-listen|--workers|--url|--node|--drain-timeout|--new|--model|--small-model) return ;;
     esac
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case "$word" in serve|status|models|load|unload|forget|pin|drain|dashboard|reload|keys|demo) command="$word"; break ;; esac
+        case "$word" in serve|status|models|load|unload|forget|pin|drain|dashboard|reload|keys|launch|demo) command="$word"; break ;; esac
     done
     case "$command" in
-        '') mapfile -t COMPREPLY < <(compgen -W 'serve status models load unload forget pin drain dashboard reload keys demo -h --help --version' -- "$current") ;;
+        '') mapfile -t COMPREPLY < <(compgen -W 'serve status models load unload forget pin drain dashboard reload keys launch demo -h --help --version' -- "$current") ;;
         serve) mapfile -t COMPREPLY < <(compgen -W '-h --help --config --listen --metrics-listen --workers --check' -- "$current") ;;
         status) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --watch' -- "$current") ;;
         models) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
@@ -22,6 +22,7 @@ _cortex() {
         dashboard) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
         reload) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
         keys) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --new' -- "$current") ;;
+        launch) mapfile -t COMPREPLY < <(compgen -W '-h --help --model --small-model --print --url --config --key-file --ca-file' -- "$current") ;;
         demo) mapfile -t COMPREPLY < <(compgen -W '-h --help --once' -- "$current") ;;
     esac
 }

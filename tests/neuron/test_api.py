@@ -362,7 +362,7 @@ def test_health_version_models_endpoint() -> None:
 def test_load_and_unload() -> None:
     async def story(api: Api, service: Service) -> None:
         loaded = await ask(api, "POST", "/models/load", {"id": "n", "source": "/"})
-        assert (loaded.status, loaded.json()["state"], loaded.json()["context_tokens"]) == (200, "ready", 100)
+        assert (loaded.status, loaded.json()["state"], loaded.json()["context_tokens"]) == (200, "ready", 1 << 20)
         unloaded = await ask(api, "POST", "/models/unload", {"id": "n"})
         assert (unloaded.status, unloaded.json()["state"]) == (200, "available")
         assert (await ask(api, "POST", "/models/unload", {"id": "who"})).status == 404

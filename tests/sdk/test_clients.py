@@ -8,14 +8,20 @@ import json
 import os
 import pathlib
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import daemons
 import pytest
 
+from cortex.agents import AGENTS
+
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(180)]
 
 CLIENTS = pathlib.Path(os.environ.get("CLIENTS", pathlib.Path(__file__).parents[2] / "build" / "clients"))
+NODE_MODULES = CLIENTS / "node_modules"
 HERE = pathlib.Path(__file__).parent
 COMMAND = "run echo scripted > made.txt"
 
@@ -41,7 +47,8 @@ def run(tmp_path: pathlib.Path) -> Run:
         # Nothing of this machine's own accounts or settings.
         inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
         # The node that npm has brought, where it has: many require a newer one than hosts have.
-        inherited["PATH"] = f"{CLIENTS / 'node_modules' / 'node' / 'bin'}:{inherited['PATH']}"
+        programs = (NODE_MODULES / "node" / "bin", NODE_MODULES / ".bin", CLIENTS / "aider" / "bin")
+        inherited["PATH"] = ":".join([*map(str, programs), inherited["PATH"]])
         done = subprocess.run(
             command,
             cwd=folder,
@@ -63,27 +70,75 @@ def made(folder: pathlib.Path) -> str:
     return (folder / "work" / "made.txt").read_text().strip()
 
 
-@pytest.mark.parametrize("websockets", ["true", "false"])
-def test_codex(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, websockets: str) -> None:
-    codex = installed("node_modules", ".bin", "codex")
-    (tmp_path / "codex").mkdir()
-    (tmp_path / "codex" / "config.toml").write_text(
-        'model = "small"\nmodel_provider = "cortex"\n[model_providers.cortex]\nname = "cortex"\n'
-        f'base_url = "{gateway.url}/v1"\nwire_api = "responses"\nsupports_websockets = {websockets}\n'
-    )
-    flags = ["--skip-git-repo-check", "--json", "--dangerously-bypass-approvals-and-sandbox"]
-    printed = run(codex, "exec", *flags, COMMAND, CODEX_HOME=str(tmp_path / "codex"))
+def events_of(printed: str) -> list[Any]:
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+
+def messages_of_codex(printed: str) -> list[str]:
+    items = [event.get("item", {}) for event in events_of(printed)]
+    return [item["text"] for item in items if item.get("type") == "agent_message"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A headless turn of an agent: its words, and its answer in what it prints; ``None``: it prints none."""
+
+    words: Sequence[str]
+    answer: Callable[[str], str] | None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    program: Sequence[str] = ()
+
+
+CODEX = ("exec", "--skip-git-repo-check", "--json", "--dangerously-bypass-approvals-and-sandbox")
+AIDER = ("--yes-always", "--no-check-update", "--analytics-disable", "--no-git", "--edit-format", "whole")
+TURNS = {
+    "claude": Turn(
+        ("-p", COMMAND, "--allowedTools", "Bash", "--output-format", "json"),
+        lambda printed: str(json.loads(printed)["result"]),
+    ),
+    "codex": Turn((*CODEX, COMMAND), lambda printed: messages_of_codex(printed)[-1]),
+    "codex without WebSockets": Turn(
+        ("-c", "model_providers.cortex.supports_websockets=false", *CODEX, COMMAND),
+        lambda printed: messages_of_codex(printed)[-1],
+    ),
+    "opencode": Turn(
+        ("run", "--format", "json", COMMAND),
+        lambda printed: [event["part"]["text"] for event in events_of(printed) if event["type"] == "text"][-1],
+        {"OPENCODE_DISABLE_MODELS_FETCH": "1", "OPENCODE_PERMISSION": '{"bash": "allow"}'},
+    ),
+    "aider": Turn((*AIDER, "--message", "write made.txt"), None, program=("aider", "bin")),
+    "aider at once": Turn((*AIDER, "--no-stream", "--message", "write made.txt"), None, program=("aider", "bin")),
+    "cline": Turn(
+        ("--json", "-t", "60", COMMAND), lambda printed: str(events_of(printed)[-1]["text"]), {"DO_NOT_TRACK": "1"}
+    ),
+    "continue": Turn(("-p", "--auto", COMMAND), str.strip, {"CONTINUE_TELEMETRY_ENABLED": "0"}),
+    "pi": Turn(("-p", COMMAND), str.strip, {"PI_OFFLINE": "1"}),
+    "qwen": Turn(
+        ("-y", "-p", COMMAND, "--output-format", "json"), lambda printed: str(json.loads(printed)[-1]["result"])
+    ),
+}
+
+
+def test_every_agent_has_a_turn() -> None:
+    assert {name.partition(" ")[0] for name in TURNS} == set(AGENTS)
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_launched_agent_completes_a_turn_with_a_tool(
+    gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, name: str
+) -> None:
+    turn, agent = TURNS[name], name.partition(" ")[0]
+    installed(*(turn.program or ("node_modules", ".bin")), AGENTS[agent].program)
+    cortex = str(pathlib.Path(sys.executable).with_name("cortex"))
+    printed = run(cortex, "launch", agent, "--url", gateway.url, "--", *turn.words, **turn.environment)
     assert made(tmp_path) == "scripted"
-    events = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    assert events[-1]["type"] == "turn.completed"
-    assert events[-1]["usage"]["output_tokens"] == 15
-    texts = [event["item"]["text"] for event in events if event.get("item", {}).get("type") == "agent_message"]
-    assert texts[0] == "I run it."
-    assert texts[-1].startswith("It says ")
-    assert ("not_generated" in gateway.log.read_text()) or websockets == "false"
+    if turn.answer is not None:
+        assert turn.answer(printed).startswith("It says")
+    if agent == "codex":
+        assert ("not_generated" in gateway.log.read_text()) or "without" in name
 
 
-OPENCODE = {"chat": "@ai-sdk/openai-compatible", "responses": "@ai-sdk/openai", "messages": "@ai-sdk/anthropic"}
+OPENCODE = {"responses": "@ai-sdk/openai", "messages": "@ai-sdk/anthropic"}
 
 
 @pytest.mark.parametrize("dialect", OPENCODE)
@@ -107,35 +162,16 @@ def test_opencode(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, dia
     assert texts[-1].startswith("It says ")
 
 
-@pytest.mark.parametrize(
-    ("model", "base"), [("openai/m", "OPENAI_API_BASE"), ("anthropic/claude-local", "ANTHROPIC_API_BASE")]
-)
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
-def test_aider(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, model: str, base: str, stream: str) -> None:
+def test_aider_by_messages(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, stream: str) -> None:
     aider = installed("aider", "bin", "aider")
-    flags = ["--yes-always", "--no-check-update", "--analytics-disable", "--no-show-model-warnings", "--no-git"]
-    url = gateway.url + ("/v1" if model.startswith("openai") else "")
-    keys = {"OPENAI_API_KEY": "none", "ANTHROPIC_API_KEY": "none", base: url}
-    run(aider, "--model", model, *flags, stream, "--edit-format", "whole", "--message", "write made.txt", **keys)
+    keys = {"ANTHROPIC_API_KEY": "none", "ANTHROPIC_API_BASE": gateway.url}
+    flags = ("--no-show-model-warnings", *AIDER, stream)
+    run(aider, "--model", "anthropic/claude-local", *flags, "--message", "write made.txt", **keys)
     assert made(tmp_path) == "scripted"
 
 
-def test_claude_code(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
-    claude = installed("node_modules", ".bin", "claude")
-    names = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
-    printed = run(
-        claude, "-p", COMMAND, "--allowedTools", "Bash", "--output-format", "json",
-        ANTHROPIC_BASE_URL=gateway.url, ANTHROPIC_AUTH_TOKEN="none", DISABLE_AUTOUPDATER="1",
-        CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", **dict.fromkeys(names, "claude-local"),
-    )  # fmt: skip
-    assert made(tmp_path) == "scripted"
-    found = json.loads(printed)
-    result = found[-1] if isinstance(found, list) else found
-    assert (result["subtype"], result["num_turns"]) == ("success", 2)
-    assert result["result"].startswith("It says ")
-
-
-PI = {"openai-completions": "/v1", "openai-responses": "/v1", "anthropic-messages": ""}
+PI = {"openai-responses": "/v1", "anthropic-messages": ""}
 
 
 @pytest.mark.parametrize("api", PI)
@@ -148,39 +184,6 @@ def test_pi(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, api: str)
     printed = run(pi, "-p", "--provider", "cortex", "--model", "m", COMMAND, PI_OFFLINE="1")
     assert made(tmp_path) == "scripted"
     assert printed.strip().startswith("It says ")
-
-
-def test_qwen_code(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
-    qwen = installed("node_modules", ".bin", "qwen")
-    keys = {"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": f"{gateway.url}/v1", "OPENAI_MODEL": "m"}
-    printed = run(qwen, "--auth-type", "openai", "-y", "-p", COMMAND, "--output-format", "json", **keys)
-    assert made(tmp_path) == "scripted"
-    result = json.loads(printed)[-1]
-    assert (result["type"], result["is_error"]) == ("result", False)
-    assert result["result"].startswith("It says ")
-
-
-def test_continue(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
-    cn = installed("node_modules", ".bin", "cn")
-    settings = tmp_path / "home" / "config.yaml"
-    settings.write_text(
-        "name: cortex\nversion: 0.0.1\nschema: v1\nmodels:\n  - name: cortex\n    provider: openai\n    model: m\n"
-        f"    apiBase: {gateway.url}/v1\n    apiKey: none\n    roles: [chat]\n"
-    )
-    printed = run(cn, "-p", "--auto", "--config", str(settings), COMMAND, CONTINUE_TELEMETRY_ENABLED="0")
-    assert made(tmp_path) == "scripted"
-    assert printed.strip().startswith("It says")
-
-
-def test_cline(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
-    cline = installed("node_modules", ".bin", "cline")
-    provider = "openai-compatible"
-    run(cline, "auth", provider, "-k", "none", "-m", "m", "-b", f"{gateway.url}/v1")
-    printed = run(cline, "-P", provider, "-m", "m", "--json", "-t", "60", COMMAND, DO_NOT_TRACK="1")
-    assert made(tmp_path) == "scripted"
-    events = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    assert events[-1]["finishReason"] == "completed"
-    assert events[-1]["text"].startswith("It says ")
 
 
 @pytest.mark.parametrize("name", ["openai", "anthropic", "tool_runners", "vercel"])

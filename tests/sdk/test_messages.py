@@ -250,4 +250,4 @@ def test_model_names_of_claude_code(gateway: daemons.Daemon) -> None:
         assert ask(client, "hi", True, model="claude-opus-4-8").model == "claude-opus-4-8"
         assert [model.id for model in client.models.list()] == ["m", "small"]
         assert client.models.retrieve("claude-haiku-4-5").display_name == "claude-haiku-4-5"
-        assert client.models.retrieve("m").max_input_tokens == 100
+        assert client.models.retrieve("m").max_input_tokens == 1 << 20

@@ -32,6 +32,8 @@ from neuron.load.eviction_plan import plan_eviction
 from neuron.text.schema import left_out
 
 GIB = 1 << 30
+CONTEXT_TOKENS = 1 << 20
+"""Context of a model without a size. Agents send whole books by the count of a script, and make room before its end."""
 
 Step = Sequence[InferenceEvent] | Exception | asyncio.Event | float
 """A batch to yield, an error to raise, an event to wait for, or a pause in seconds."""
@@ -58,7 +60,7 @@ class ScriptedModel:
     """A loaded model, which records its requests."""
 
     def __init__(self, harness: "ScriptedHarness", spec: ModelSpec, size_bytes: int) -> None:
-        sizes = (4096, 16, size_bytes - size_bytes // 4, size_bytes // 4) if size_bytes else (100, 4, 10, 20)
+        sizes = (4096, 16, size_bytes - size_bytes // 4, size_bytes // 4) if size_bytes else (CONTEXT_TOKENS, 4, 10, 20)
         self.loaded = LoadedModel(spec.id, "scripted", "none", *sizes)
         self.devices = spec.devices or ("cpu:0",)
         self.capabilities = (Capability.CHAT, Capability.VISION) if harness.sees else (Capability.CHAT,)
