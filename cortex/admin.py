@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from cortex.access.authenticator import Authenticator
+from cortex.access.keys import Limits
 from cortex.access.rate_limiter import Usage
 from cortex.config import ModelProfile
 from cortex.dialects import openai_fields
@@ -70,18 +71,13 @@ class FleetReport(msgspec.Struct, frozen=True):
     degraded: tuple[str, ...] = ()
 
 
-class KeyReport(msgspec.Struct, frozen=True, kw_only=True):
+class KeyReport(Limits, frozen=True, kw_only=True):
     """An entry of ``GET /admin/keys``. A limit of 0 is none."""
 
     name: str
     models: tuple[str, ...]
     admin: bool
     priority: int
-    requests_per_minute: int
-    max_concurrent: int
-    tokens_per_window: int
-    window_s: float
-    balance_tokens: int
     used: Usage
 
 
@@ -127,12 +123,6 @@ class Acted(msgspec.Struct, frozen=True):
     nodes: dict[str, ModelStatus]
 
 
-_MODEL_ACT = msgspec.json.Decoder(ModelAct)
-_FORGET_ACT = msgspec.json.Decoder(ForgetAct)
-_PIN_ACT = msgspec.json.Decoder(PinAct)
-_DRAIN_ACT = msgspec.json.Decoder(DrainAct)
-
-
 class Admin:
     """The endpoints under ``/admin``, after authentication."""
 
@@ -167,7 +157,7 @@ class Admin:
                     models=principal.models,
                     admin=principal.is_admin,
                     priority=principal.priority,
-                    **{field: getattr(limits, field) for field in limits.__dataclass_fields__},
+                    **msgspec.structs.asdict(limits),
                     used=used,
                 )
             )
@@ -175,7 +165,7 @@ class Admin:
 
     async def load(self, exchange: Exchange) -> None:
         """``POST /admin/models/load``: returns when the model is ready."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _MODEL_ACT)
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), ModelAct)
         profile = self._profile(asked.model)
         if asked.node:
             self._neuron(asked.node)
@@ -190,7 +180,7 @@ class Admin:
 
     async def unload(self, exchange: Exchange) -> None:
         """``POST /admin/models/unload``: returns when the model is gone."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _MODEL_ACT)
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), ModelAct)
 
         async def act(neuron: NeuronClient, status: ModelStatus) -> ModelStatus:
             return await neuron.unload(UnloadRequest(status.id, asked.drain_timeout_s, status.generation))
@@ -199,7 +189,7 @@ class Admin:
 
     async def forget(self, exchange: Exchange) -> None:
         """``POST /admin/models/forget``: removes failed and unloaded models from the lists."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _FORGET_ACT)
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), ForgetAct)
         model = self._service.catalogue.resolve(asked.model)
         if asked.node:
             self._neuron(asked.node)
@@ -219,7 +209,7 @@ class Admin:
 
     async def pin(self, exchange: Exchange) -> None:
         """``POST /admin/models/pin``. A model that no node has loaded can be unpinned, with no effect."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _PIN_ACT)
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), PinAct)
 
         async def act(neuron: NeuronClient, status: ModelStatus) -> ModelStatus:
             return await neuron.pin(PinRequest(status.id, asked.pinned))
@@ -228,7 +218,7 @@ class Admin:
 
     async def drain(self, exchange: Exchange) -> None:
         """``POST /admin/nodes/drain``: the node accepts nothing new; running requests continue."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _DRAIN_ACT)
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), DrainAct)
         health = await self._neuron(asked.node).drain(DrainRequest(asked.draining))
         await self._service.poller.poll(asked.node)
         await exchange.reply(200, msgspec.json.encode(health))

@@ -74,10 +74,6 @@ class Removed(msgspec.Struct, frozen=True):
     nodes: tuple[str, ...]
 
 
-_FIT_ACT = msgspec.json.Decoder(FitAct)
-_PROFILE = msgspec.json.Decoder(ModelProfile)
-
-
 class ModelAdmin:
     """The endpoints that change which models are offered."""
 
@@ -96,7 +92,7 @@ class ModelAdmin:
 
     async def fit(self, exchange: Exchange) -> None:
         """``POST /admin/models/fit``."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _FIT_ACT)
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), FitAct)
         await self._service.dispatcher.first_look()
         offered = naming.find(asked.model, self._service.catalogue, self._fleet.state)
         if offered is not None:
@@ -109,7 +105,7 @@ class ModelAdmin:
 
     async def add(self, exchange: Exchange) -> None:
         """``POST /admin/models``: offers a model from now on; one that was added from the same source is changed."""
-        profile = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _PROFILE)
+        profile = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), ModelProfile)
         if not profile.source:
             raise InvalidRequestError("'source' is empty.", param="source")
         for node in (*profile.pinned, *profile.preferred_nodes):

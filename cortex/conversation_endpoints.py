@@ -45,9 +45,6 @@ MAX_VALUES = 100_000
 _CREATE_PARAMETERS = Parameters(CreateBody, max_items={"items": MAX_ITEMS}, max_values=MAX_VALUES)
 _UPDATE_PARAMETERS = Parameters(UpdateBody, max_values=MAX_VALUES)
 _ADD_PARAMETERS = Parameters(AddItemsBody, max_items={"items": MAX_ITEMS}, max_values=MAX_VALUES)
-_CREATE = msgspec.json.Decoder(CreateBody)
-_UPDATE = msgspec.json.Decoder(UpdateBody)
-_ADD_ITEMS = msgspec.json.Decoder(AddItemsBody)
 
 
 class ConversationEndpoints:
@@ -62,7 +59,7 @@ class ConversationEndpoints:
     async def create(self, exchange: Exchange) -> None:
         """``POST /v1/conversations``; a body may be left out."""
         body = await exchange.read_body(self._conversations.max_bytes) or b"{}"
-        asked, _ = _CREATE_PARAMETERS.decode(body, _CREATE)
+        asked, _ = _CREATE_PARAMETERS.decode(body)
         await _reply(exchange, await self._owned(exchange).create(_items(body), asked.metadata or {}))
 
     async def get(self, exchange: Exchange) -> None:
@@ -72,7 +69,7 @@ class ConversationEndpoints:
     async def update(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}``: other metadata."""
         (id,) = _parts(exchange, 1)
-        asked, _ = _UPDATE_PARAMETERS.decode(await exchange.read_body(self._conversations.max_bytes), _UPDATE)
+        asked, _ = _UPDATE_PARAMETERS.decode(await exchange.read_body(self._conversations.max_bytes))
         await _reply(exchange, await self._owned(exchange).update(id, asked.metadata or {}))
 
     async def delete(self, exchange: Exchange) -> None:
@@ -89,7 +86,7 @@ class ConversationEndpoints:
     async def add_items(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}/items``."""
         body = await exchange.read_body(self._conversations.max_bytes)
-        _ADD_PARAMETERS.decode(body, _ADD_ITEMS)
+        _ADD_PARAMETERS.decode(body)
         added = await self._owned(exchange).add_items(_parts(exchange, 2)[0], _items(body))
         limit = str(max(1, min(100, len(added))))
         await exchange.reply(200, page_of(added, {"order": "asc", "limit": limit}))

@@ -23,12 +23,6 @@ from neuron.service import Service
 
 DIALECTS = (CHAT.name, COMPLETIONS.name, EMBEDDINGS.name, RESPONSES.name, MESSAGES.name)
 _ADMIN_BODY_BYTES = 1 << 20
-_LOAD_DECODER = msgspec.json.Decoder(LoadRequest)
-_FIT_DECODER = msgspec.json.Decoder(ModelSpec)
-_UNLOAD_DECODER = msgspec.json.Decoder(UnloadRequest)
-_FORGET_DECODER = msgspec.json.Decoder(ForgetRequest)
-_PIN_DECODER = msgspec.json.Decoder(PinRequest)
-_DRAIN_DECODER = msgspec.json.Decoder(DrainRequest)
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
@@ -76,30 +70,30 @@ class NodeApi:
         await reply_json(exchange, ModelList(models.statuses(), models.generation))
 
     async def _load(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _LOAD_DECODER)
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), LoadRequest)
         await reply_json(exchange, await until_disconnect(exchange, self._service.load(asked)))
 
     async def _fit(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _FIT_DECODER)
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ModelSpec)
         await reply_json(exchange, await until_disconnect(exchange, self._service.fit(asked)))
 
     async def _unload(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _UNLOAD_DECODER)
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), UnloadRequest)
         await reply_json(exchange, await self._service.unload(asked))
 
     async def _forget(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _FORGET_DECODER)
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ForgetRequest)
         status = self._service.models.find(asked.id).status()
         self._service.models.forget(asked.id)
         await reply_json(exchange, status)
 
     async def _pin(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _PIN_DECODER)
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), PinRequest)
         status = self._service.models.pin(asked.id, asked.pinned, asked.priority, asked.idle_ttl_s)
         await reply_json(exchange, status)
 
     async def _drain(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _DRAIN_DECODER)
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), DrainRequest)
         await reply_json(exchange, self._service.drain(asked))
 
     async def endpoint(self, exchange: Exchange) -> None:

@@ -4,7 +4,6 @@ A key is 32 random bytes, so one round of SHA-256 protects it as well as a slow 
 hash reveals nothing of the key. Files and logs hold no key, but its name.
 """
 
-import functools
 import hashlib
 import hmac
 import pathlib
@@ -28,8 +27,28 @@ NAME_RULE = "a name is 1 to 63 of A-Z a-z 0-9 . _ @ -, and begins with a letter 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An entry of ``[[keys]]``. A limit of 0 is none."""
+class Limits(msgspec.Struct, frozen=True):
+    """Limits of one principal. 0 is no limit."""
+
+    requests_per_minute: Count = 0
+    max_concurrent: Count = 0
+    tokens_per_window: Count = 0
+    window_s: Annotated[float, msgspec.Meta(ge=1)] = 24 * 3600.0
+    """Length of the sliding window of ``tokens_per_window``."""
+    balance_tokens: Count = 0
+    """Tokens that it may use in all."""
+
+    @property
+    def are_none(self) -> bool:
+        """Whether there is no limit, so that nothing is counted."""
+        return not (self.requests_per_minute or self.max_concurrent or self.tokens_per_window or self.balance_tokens)
+
+
+NO_LIMITS = Limits()
+
+
+class KeySettings(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry of ``[[keys]]``: a key's limits, and the rest of it."""
 
     name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
@@ -38,13 +57,6 @@ class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admin: bool = False
     priority: int = 0
     """Priority of its requests. Below 0: they are served from spare capacity only."""
-    requests_per_minute: Count = 0
-    max_concurrent: Count = 0
-    tokens_per_window: Count = 0
-    window_s: Annotated[float, msgspec.Meta(ge=1)] = 24 * 3600.0
-    """Length of the sliding window of ``tokens_per_window``."""
-    balance_tokens: Count = 0
-    """Tokens that it may use in all."""
     strict: bool | None = None
     """Whether a request with an unknown member is refused; left out, ``access.strict`` decides."""
 
@@ -53,25 +65,6 @@ class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A whole ``keys.toml``."""
 
     keys: tuple[KeySettings, ...] = ()
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of one principal. 0 is no limit."""
-
-    requests_per_minute: int = 0
-    max_concurrent: int = 0
-    tokens_per_window: int = 0
-    window_s: float = 24 * 3600.0
-    balance_tokens: int = 0
-
-    @functools.cached_property
-    def are_none(self) -> bool:
-        """Whether there is no limit, so that nothing is counted."""
-        return not (self.requests_per_minute or self.max_concurrent or self.tokens_per_window or self.balance_tokens)
-
-
-NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +179,7 @@ def load(path: pathlib.Path, anonymous: Principal | None = None) -> KeyRing:
             raise ConfigError(source, f"keys[{index}].sha256", f"is also {other!r}'s")
         if not key.models and not key.admin:
             raise ConfigError(source, f"keys[{index}].models", f'{key.name!r} may use no model; ["*"] is all of them')
-        limits = Limits(
-            key.requests_per_minute, key.max_concurrent, key.tokens_per_window, key.window_s, key.balance_tokens
-        )
+        limits = msgspec.convert(key, Limits, from_attributes=True)
         principal = Principal(key.name, key.models, key.admin, key.priority, limits, key.strict)
         principals[digest[:INDEX_BYTES]] = digest, principal
     warn_if_readable_by_all(path, "the hashes of keys")

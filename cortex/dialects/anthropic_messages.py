@@ -85,8 +85,6 @@ class MessagesBody(GenerationBody, kw_only=True):
     thread: object = None
 
 
-_DECODER = msgspec.json.Decoder(MessagesBody)
-
 PARAMETERS = Parameters(
     MessagesBody,
     without_effect={
@@ -111,7 +109,7 @@ def decode(body: bytes) -> MessagesCall:
         InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
         ThreadUnsupportedError: it continues a conversation that it does not contain.
     """
-    parsed, ignored = PARAMETERS.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body)
     if parsed.thread not in (None, False):
         raise ThreadUnsupportedError(
             "Conversations are not held here: send all messages, without 'thread'.", param="thread"

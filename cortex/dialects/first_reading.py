@@ -1,6 +1,7 @@
 """Tables of parameters for the first reading of a body, one for each path of inference."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from cortex.dialects import (
     anthropic_messages,
@@ -21,7 +22,7 @@ from cortex.dialects.passthrough import (
     RESPONSES,
 )
 
-PARAMETERS: Mapping[str, Parameters] = {
+PARAMETERS: Mapping[str, Parameters[Any]] = {
     CHAT.path: openai_chat.PARAMETERS,
     COMPLETIONS.path: openai_completions.PARAMETERS,
     EMBEDDINGS.path: openai_embeddings.PARAMETERS,

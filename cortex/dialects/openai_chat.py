@@ -135,8 +135,6 @@ class ChatBody(GenerationBody, kw_only=True):
     function_call: object = None
 
 
-_DECODER = msgspec.json.Decoder(ChatBody)
-
 PARAMETERS = Parameters(
     ChatBody,
     without_effect={
@@ -162,7 +160,7 @@ def decode(body: bytes) -> ChatCall:
     Raises:
         InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
     """
-    parsed, ignored = PARAMETERS.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body)
     if not parsed.messages:
         raise InvalidRequestError("Invalid 'messages': at least one message is needed.", param="messages")
     fields.refuse(

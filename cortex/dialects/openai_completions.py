@@ -66,8 +66,6 @@ class CompletionBody(GenerationBody, kw_only=True):
     best_of: int | None = None
 
 
-_DECODER = msgspec.json.Decoder(CompletionBody)
-
 PARAMETERS = Parameters(
     CompletionBody,
     without_effect={
@@ -86,7 +84,7 @@ def decode(body: bytes) -> CompletionCall:
     Raises:
         InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
     """
-    parsed, ignored = PARAMETERS.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body)
     prompts = [parsed.prompt] if isinstance(parsed.prompt, str) else _prompts(parsed.prompt)
     num_choices = fields.in_range("n", parsed.n, 1, 128) or 1
     fields.refuse((("best_of", parsed.best_of is not None and parsed.best_of != num_choices),))

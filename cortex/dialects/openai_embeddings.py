@@ -40,8 +40,6 @@ class EmbeddingBody(msgspec.Struct, kw_only=True):
     user: str | None = None
 
 
-_DECODER = msgspec.json.Decoder(EmbeddingBody)
-
 PARAMETERS = Parameters(
     EmbeddingBody,
     without_effect={"": "metadata request_id rid stream user"},
@@ -72,7 +70,7 @@ def decode(body: bytes) -> EmbeddingCall:
     Raises:
         InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
     """
-    parsed, ignored = PARAMETERS.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body)
     request = EmbeddingRequest(
         model=parsed.model,
         inputs=_inputs(parsed.input),

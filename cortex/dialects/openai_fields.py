@@ -55,8 +55,8 @@ _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
 
 
-def decode(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
-    """Decode a request body.
+def decode(body: bytes, kind: type[T]) -> T:
+    """Return a request body as a ``kind``.
 
     Raises:
         InvalidJsonError: it is not JSON or not an object.
@@ -64,7 +64,7 @@ def decode(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
         InvalidTypeError: a field has the wrong type, or an unknown ``type``.
     """
     try:
-        return decoder.decode(body)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise invalid(error) from None
     except UnicodeDecodeError as error:

@@ -99,8 +99,6 @@ class ResponsesBody(GenerationBody, kw_only=True):
 COUNTED = {"object": "response.input_tokens"}
 """Members of the response of ``/v1/responses/input_tokens`` beside ``input_tokens``."""
 
-_DECODER = msgspec.json.Decoder(ResponsesBody)
-
 PARAMETERS = Parameters(
     ResponsesBody,
     items={"input": Item},
@@ -152,7 +150,7 @@ def decode(body: bytes) -> ResponsesCall:
         ChainedConversationError: it continues a response; only a gateway resolves these.
         InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
     """
-    parsed, ignored = PARAMETERS.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body)
     if parsed.previous_response_id is not None:
         raise ChainedConversationError(
             "A neuron does not store responses: 'previous_response_id' is resolved by the gateway.",

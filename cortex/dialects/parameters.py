@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -26,7 +26,7 @@ from cortex.wire.errors import (
 )
 from cortex.wire.headers import IGNORED
 
-T = TypeVar("T")
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,12 +128,12 @@ class _Object:
     max_items: int = 0
 
 
-class Parameters:
+class Parameters(Generic[Body]):
     """The table of one dialect."""
 
     def __init__(
         self,
-        body: type[msgspec.Struct],
+        body: type[Body],
         *,
         items: Mapping[str, type[msgspec.Struct]] | None = None,
         without_effect: Mapping[str, str] | None = None,
@@ -147,6 +147,7 @@ class Parameters:
         ``without_effect`` has names by path, separated by spaces, ``refused`` top-level names with their harmless
         values, ``max_items`` the limits of lists.
         """
+        self._body = body
         objects: dict[type, _Object] = {}
         self._root = _object_of(msgspec.inspect.type_info(body), objects) or _Object()
         for path, struct in (items or {}).items():
@@ -196,7 +197,7 @@ class Parameters:
         except PeekError as error:
             raise InvalidJsonError(f"The request body is not valid JSON: {error}.") from None
 
-    def decode(self, body: bytes, decoder: "msgspec.json.Decoder[T]") -> tuple[T, tuple[str, ...]]:
+    def decode(self, body: bytes) -> tuple[Body, tuple[str, ...]]:
         """Return a body as its struct, and the paths of unknown members.
 
         Raises:
@@ -204,7 +205,7 @@ class Parameters:
         """
         found = self.read(body)
         self.refuse(body, found)
-        return openai_fields.decode(body, decoder), found.unknown
+        return openai_fields.decode(body, self._body), found.unknown
 
     def refuse(self, body: bytes, found: Peek) -> None:
         """Raise :class:`UnsupportedParameterError` for a refused member with a value that is not harmless."""
