@@ -50,6 +50,8 @@ _HARMONY: Final = frozenset({"<|return|>", "<|call|>"})
 """Tokens of gpt-oss, where ``<|end|>`` ends one message of several in an answer."""
 _GLM: Final = frozenset({"<|user|>", "<|observation|>"})
 """Tokens of GLM, which ends a message with the role of the next one."""
+_FILES: Final = frozenset({"<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"})
+"""Tokens of Qwen, which goes on with another file where the one that it fills in has ended."""
 _GEMMA_4: Final = frozenset({"<turn|>", "<|tool_response>"})
 """Tokens of Gemma 4, which ends a tool call where the result would begin."""
 
@@ -59,7 +61,7 @@ def ends_by_text(special: Mapping[str, int]) -> tuple[int, ...]:
     ends = set(TURN_ENDS)
     if special.keys() >= _HARMONY:
         ends.discard("<|end|>")
-    for together in (_GLM, _GEMMA_4):
+    for together in (_GLM, _GEMMA_4, _FILES):
         if special.keys() >= together:
             ends |= together
     return tuple(index for text, index in special.items() if text in ends)

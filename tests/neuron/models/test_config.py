@@ -284,6 +284,22 @@ def test_an_end_of_message_is_found_by_its_text(tmp_path: pathlib.Path) -> None:
     assert read_config(tmp_path).eos_ids == (END_OF_TEXT, IM_END)
 
 
+def test_the_ends_of_qwen_3_5_are_those_of_all_its_files(tmp_path: pathlib.Path) -> None:
+    """``text_config`` names the end of a text, ``generation_config.json`` that of a message too."""
+    text = json.loads((write(tmp_path, None) / "config.json").read_text()) | {"eos_token_id": 44}
+    text |= {"model_type": "qwen3_5_text", "linear_num_key_heads": 1, "linear_num_value_heads": 1}
+    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4, "vocab_size": 99}
+    wrapper = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(wrapper))
+    assert read_config(tmp_path).eos_ids == (44,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [46, 44]}))
+    assert read_config(tmp_path).eos_ids == (46, 44)
+    tokenizer_of(
+        tmp_path, {"<|im_end|>": 46, "<|endoftext|>": 44, "<|fim_pad|>": 63, "<|repo_name|>": 64, "<|file_sep|>": 65}
+    )
+    assert read_config(tmp_path).eos_ids == (46, 44, 63, 64, 65)
+
+
 @pytest.mark.parametrize(("named", "end"), [(None, 2), ([{"rank": 7, "token_str": "</s>", "is_control": True}], 7)])
 def test_the_end_of_a_text_of_a_file_of_mistrals(tmp_path: pathlib.Path, named: object, end: int) -> None:
     write(tmp_path, eos_token_id=None)
@@ -301,6 +317,12 @@ def test_the_end_of_a_text_of_a_file_of_mistrals(tmp_path: pathlib.Path, named: 
         (["<|endoftext|>", "<|user|>", "<|observation|>", "<|assistant|>"], {"eos": 0}, {0, 1, 2}),
         (["<|endoftext|>", "<|user|>", "<|end|>", "<|assistant|>"], {"eos": 0}, {0, 2}),
         (["<eos>", "<turn|>", "<|tool_response>"], {"eos": 0}, {0, 1, 2}),
+        # Qwen3.5, whose converter names the end of a message alone.
+        (
+            ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "</think>"],
+            {"eos": 2},
+            {0, 2, 3, 4, 5},
+        ),
         (["a", "b", "c"], {"eos": 2, "eot": 1, "eom": -1}, {1, 2}),
     ],
 )

@@ -115,6 +115,26 @@ def test_a_gguf_file_tokenises_as_the_tokenizer_it_was_made_from(pre: str, text:
 FILES = {pre: gguf(pre) for pre in RULES}
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\u0915\u093f\u0924\u093e\u092c", ["\u0915\u093f\u0924\u093e\u092c"]),  # letters and vowel signs of Hindi
+        ("\u0e17\u0e35\u0e48", ["\u0e17\u0e35\u0e48"]),  # a tone above a vowel above a letter
+        ("x\u0301\u0323y", ["x\u0301\u0323y"]),
+        ("!\u0301a", ["!\u0301a"]),  # a mark is no punctuation, and joins what follows it
+        ("a\u20e3 12", ["a\u20e3", " ", "1", "2"]),
+    ],
+)
+def test_marks_join_letters_in_qwen35_alone(text: str, words: list[str]) -> None:
+    def cut(pre: str) -> list[str]:
+        spans = FILES[pre].tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        return [text[start:end] for _, (start, end) in spans]
+
+    assert cut("qwen35") == words != cut("qwen2")
+    published = PUBLISHED["qwen35"].pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in published] == words
+
+
 @pytest.mark.parametrize("pre", RULES)
 @hypothesis.given(text=TEXTS)
 def test_pieces_of_any_rules_join_to_the_text(pre: str, text: str) -> None:
