@@ -18,6 +18,7 @@ WRAPPERS: Final = {
     "qwen3_5": ("Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
     "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
     "qwen3_8": ("Qwen3_5ForConditionalGeneration", "qwen3_8_text"),
+    "qwen3_8_moe": ("Qwen3_5MoeForConditionalGeneration", "qwen3_8_moe_text"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text"),
 }

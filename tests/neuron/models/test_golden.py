@@ -27,6 +27,13 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.5,
+}  # fmt: skip
+SHARED: dict[str, Any] = {
+    "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"],
@@ -59,6 +66,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 64,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]},
     },
+    "qwen3_5": {
+        "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"], **DELTA, "linear_num_value_heads": 6,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"], "tie_word_embeddings": True,
+    },
+    "qwen3_5_moe": {
+        "model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"], **DELTA, **SHARED,
+        "full_attention_interval": 2,
+    },
+    "qwen3_next": {
+        "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], **DELTA, **SHARED,
+        "full_attention_interval": 3, "mlp_only_layers": [1], "norm_topk_prob": False,
+    },
     "gemma3": {
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window": 20,
         "sliding_window_pattern": 3, "query_pre_attn_scalar": 9, "final_logit_softcapping": 5.0,
@@ -80,6 +99,8 @@ def write_model(folder: pathlib.Path, name: str) -> pathlib.Path:
     for tensor_name, shape in read_config(folder).tensor_shapes().items():
         random = np.random.default_rng(zlib.crc32(tensor_name.encode()))
         values = random.uniform(0.5, 1.5, shape) if len(shape) == 1 else random.normal(0, 0.3, shape)
+        if tensor_name.endswith("A_log"):
+            values = np.log(values / 20)  # else a state is forgotten at once
         tensors[tensor_name] = torch.from_numpy(values.astype(np.float32))
     save_file(tensors, folder / "model.safetensors")
     return folder

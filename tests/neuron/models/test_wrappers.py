@@ -33,7 +33,7 @@ QWEN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_s
 QWEN3_5_VISION: dict[str, Any] = {key: QWEN_VISION[key] for key in QWEN_VISION if key != "deepstack_visual_indexes"}
 DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 12, "head_dim": 16,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4, "head_dim": 16,
     "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2],
     },
@@ -107,6 +107,20 @@ def test_either_prefix_is_read(wrapper: pathlib.Path, tmp_path: pathlib.Path) ->
     expected = read_all(wrapper)
     for name, values in read_all(tmp_path).items():
         assert torch.equal(values, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_wrappers_of_qwen3_8_are_those_of_qwen3_5(tmp_path: pathlib.Path, kind: str) -> None:
+    """Whether or not the type of the language model is told."""
+    name, parts = WRAPPERS[kind]
+    found = []
+    for model_type in (kind, kind.replace("5", "8")):
+        for told in ({}, {"model_type": f"{model_type}_text"}):
+            text = {**parts["text_config"], "rms_norm_eps": 1e-6, **told}
+            values = {"model_type": model_type, "architectures": [f"{name}ForConditionalGeneration"]}
+            (tmp_path / "config.json").write_text(json.dumps({**values, "text_config": text}))
+            found.append(read_config(tmp_path))
+    assert all(config == found[0] for config in found)
 
 
 @pytest.mark.parametrize("classes", [["Mistral3ForConditionalGeneration"], None])
