@@ -6,10 +6,12 @@ the gateways' own (:mod:`cortex.fleet.added`); the operator's files are never wr
 
 import asyncio
 import pathlib
+import urllib.parse
 from collections.abc import Callable, Mapping
 
 import msgspec
 
+from cortex.admin import Acted
 from cortex.config import ModelProfile
 from cortex.dialects import openai_fields
 from cortex.errors import (
@@ -22,6 +24,7 @@ from cortex.errors import (
 )
 from cortex.fleet import added, fit, naming, placement
 from cortex.fleet.fit import FleetFit, PassedOverOnNode
+from cortex.fleet.loader import UNLIMITED_S
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Node
 from cortex.http_io import Exchange
@@ -51,6 +54,13 @@ class FitAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: ModelId | None = None
     node: str = ""
     context_tokens: Count = 0
+
+
+class PullAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /admin/models/pull``: without ``node``, on the one where it would be loaded."""
+
+    model: str
+    node: str = ""
 
 
 class FitReport(msgspec.Struct, frozen=True):
@@ -103,6 +113,23 @@ class ModelAdmin:
         self._check_id(profile)
         await exchange.reply(200, msgspec.json.encode(await self._fitted(profile, asked.node)))
 
+    async def pull(self, exchange: Exchange) -> None:
+        """``POST /admin/models/pull``: returns when a node has downloaded the files of a model of the catalogue."""
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), PullAct)
+        profile = self._service.catalogue.profiles.get(self._service.catalogue.resolve(asked.model))
+        if profile is None:
+            raise ModelNotFoundError(f"The model {asked.model!r} is not in the catalogue.", param="model")
+        if asked.node:
+            name = self._node(asked.node).name
+        else:
+            candidates = placement.choose(self._fleet.state, profile)
+            if not candidates:
+                raise NoNodeError(f"No node that is up can load {profile.id}.", retry_after_s=5)
+            name = candidates[0].node
+        status = await self._service.neurons[name].pull(profile.spec(), timeout_s=UNLIMITED_S)
+        self._fleet.set_model(name, status)
+        await exchange.reply(200, msgspec.json.encode(Acted({name: status})))
+
     async def add(self, exchange: Exchange) -> None:
         """``POST /admin/models``: offers a model from now on; one that was added from the same source is changed."""
         profile = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), ModelProfile)
@@ -122,7 +149,7 @@ class ModelAdmin:
 
     async def remove(self, exchange: Exchange) -> None:
         """``DELETE /admin/models/{id}``: no longer offers an added model, and unloads it. Its files stay."""
-        name = exchange.path.removeprefix(PATH)
+        name = urllib.parse.unquote(exchange.path.removeprefix(PATH))
         model = self._service.catalogue.resolve(name)
         if model not in self._service.catalogue.added:
             if model in self._service.catalogue.profiles:

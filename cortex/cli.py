@@ -1,4 +1,4 @@
-"""The command ``cortex``: ``serve``, ``demo``, and the commands for a running gateway, each group in its own module.
+"""The command ``cortex``: ``serve``, and the commands of other modules, each with its own arguments.
 
 Exit status 2 with one line for a wrong configuration, 1 for a gateway that cannot be reached, 0 otherwise.
 """
@@ -15,7 +15,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cortex import __version__, gateway_client, launch, logs, operate, systemd
+from cortex import (
+    __version__,
+    catalogue_commands,
+    demo,
+    gateway_client,
+    launch,
+    logs,
+    operate,
+    run,
+    systemd,
+)
 from cortex.build_identity import COMMIT
 from cortex.settings import ConfigError, split_address
 
@@ -38,13 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = command_line()
     own, words = launch.split_words(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(own, argparse.Namespace(words=words))
+    options, more = parser.parse_known_args(own, argparse.Namespace(words=words))
+    flags = more[: more.index("--")] if "--" in more else more
+    if more and ("prompt" not in options or any(word.startswith("-") for word in flags)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
         match options.command:
             case "serve":
                 return _serve(options)
-            case "demo":
-                return _demo(options)
+            case "run":  # argparse gives none of the words behind an option to a list that may be empty
+                options.prompt += (word for word in more if word != "--")
+                return int(options.run(options))
             case None:
                 parser.print_help()
                 return EXIT_CONFIG
@@ -76,11 +90,11 @@ def command_line() -> argparse.ArgumentParser:
     serve.add_argument("--workers", type=int, metavar="N", help="processes that accept connections")
     serve.add_argument("--check", action="store_true", help="check the configuration and exit")
 
+    run.add_command(commands)
+    catalogue_commands.add_commands(commands)
     operate.add_commands(commands)
     launch.add_command(commands)
-
-    demo = commands.add_parser("demo", help="chat with a small real model, all on this machine")
-    demo.add_argument("--once", action="store_true", help="end after one answer")
+    demo.add_command(commands)
     return parser
 
 
@@ -144,7 +158,8 @@ def _run(config: "Config") -> int:
         try:
             _try_to_bind(host, port)
         except OSError as error:
-            return _fail(f"cannot listen at {gateway.listen}: {error.strerror or error}", EXIT_CONFIG)
+            reason = f"cannot listen at {gateway.listen}: {error.strerror or error}"
+            return _fail(f"{reason}; see who does (ss -ltnp), or give --listen another address", EXIT_CONFIG)
     server = Granian(
         "cortex.asgi:app",
         address=host,
@@ -230,15 +245,6 @@ def _config_path(path: str | None) -> pathlib.Path | None:
     from cortex import config
 
     return pathlib.Path(path) if path is not None else config.find(os.environ)
-
-
-# ------------------------------------------------------------------
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from cortex import demo
-
-    return demo.main(options)
 
 
 def _fail(message: str, status: int) -> int:

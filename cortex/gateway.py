@@ -172,6 +172,7 @@ class Gateway:
             "/admin/keys": {"GET": admin.keys},
             "/admin/models": {"GET": endpoints.all_models, "POST": changes.add},
             "/admin/models/fit": {"POST": changes.fit},
+            "/admin/models/pull": {"POST": changes.pull},
             "/admin/models/load": {"POST": admin.load},
             "/admin/models/unload": {"POST": admin.unload},
             "/admin/models/forget": {"POST": admin.forget},

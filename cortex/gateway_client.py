@@ -5,11 +5,13 @@ host, the gateway's own token. Nothing is printed here.
 """
 
 import argparse
+import contextlib
 import http.client
 import os
 import pathlib
 import socket
 import ssl
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -28,11 +30,12 @@ STRANGER = "what answers there is no gateway, or one of another version: its ans
 
 
 class GatewayError(Exception):
-    """The gateway cannot be reached (``status`` 0), or refuses with an HTTP status."""
+    """The gateway cannot be reached (``status`` 0), or refuses with an HTTP status, for its own ``reason``."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.reason = reason or message
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +56,18 @@ def ask(
         GatewayError: there is none, or it is an error.
         ConfigError: the URL, the key or a file is wrong.
     """
+    with opened(options, method, path, body, key=key) as response:
+        try:
+            return response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise GatewayError(f"the gateway's answer broke off: {report.plain(str(error))}") from None
+
+
+@contextlib.contextmanager
+def opened(
+    options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None, *, key: str | None = None
+) -> Iterator[http.client.HTTPResponse]:
+    """Yield a running gateway's response, whose body is to be read, with a status of 200. Raises as :func:`ask`."""
     url = url_of_gateway(options)
     parts = _split(url)
     host = parts.hostname or ""
@@ -60,34 +75,34 @@ def ask(
     if not key and path.startswith("/admin/"):
         key = local_token(options)
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    if body is not None:
+        headers["content-type"] = "application/json"
     try:
         data = None if body is None else orjson.dumps(body)
     except TypeError:  # an argument may be no valid text
         raise ConfigError(path, "", "a name on the command line is not valid UTF-8") from None
     timeout_s = LOOK_TIMEOUT_S if method == "GET" else ACT_TIMEOUT_S
     connection: http.client.HTTPConnection
-    try:
-        if parts.scheme == "https":
-            tls = ssl.create_default_context(cafile=options.ca_file)
-            connection = http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=tls)
-        else:
-            connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
+    with contextlib.ExitStack() as stack:
         try:
+            if parts.scheme == "https":
+                tls = ssl.create_default_context(cafile=options.ca_file)
+                connection = http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=tls)
+            else:
+                connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
+            stack.callback(connection.close)
             connection.request(method, parts.path.rstrip("/") + path, data, headers)
             response = connection.getresponse()
-            answer = response.read()
-        finally:
-            connection.close()
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = report.plain(str(error))
-        raise GatewayError(
-            f"no gateway answers at {url}: {reason}; `cortex serve` starts one, --url names another"
-        ) from None
-    if response.status != 200:
-        message = _message(answer) or "no reason given"
-        status = response.status
-        raise GatewayError(f"the gateway refuses: {message} (status {status} of {url}{path})", status)
-    return answer
+            answer = b"" if response.status == 200 else response.read()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = report.plain(str(error))
+            raise GatewayError(
+                f"no gateway answers at {url}: {reason}; `cortex serve` starts one, --url names another"
+            ) from None
+        if response.status != 200:
+            reason, status = _message(answer) or "no reason given", response.status
+            raise GatewayError(f"the gateway refuses: {reason} (status {status} of {url}{path})", status, reason)
+        yield response
 
 
 def url_of_gateway(options: argparse.Namespace) -> str:

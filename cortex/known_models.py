@@ -45,11 +45,16 @@ class KnownModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     sampling: SamplingDefaults = SamplingDefaults()
     """Sampling that the publishers recommend."""
 
-    def weights_bytes(self, quant: str = USUAL_QUANT) -> int:
-        """Return about what the weights take in a quantisation."""
-        return int(self.parameters * BITS[quant] / 8)
+    @property
+    def usual_quant(self) -> str:
+        """Return the quantisation by which its size is told."""
+        return self.quants[0] if self.quants else USUAL_QUANT
 
-    def memory_bytes(self, quant: str = USUAL_QUANT, context_tokens: int = USUAL_TOKENS) -> int:
+    def weights_bytes(self, quant: str = "") -> int:
+        """Return about what the weights take in a quantisation, without one in the usual."""
+        return int(self.parameters * BITS[quant or self.usual_quant] / 8)
+
+    def memory_bytes(self, quant: str = "", context_tokens: int = USUAL_TOKENS) -> int:
         """Return about what a load takes for one sequence: weights and cache, without work space."""
         tokens = min(context_tokens, self.context_tokens)
         return self.weights_bytes(quant) + tokens * self.cache_bytes_per_token + self.state_bytes

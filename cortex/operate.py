@@ -5,11 +5,9 @@ Each is one request to ``/admin``, printed as tables of at most 80 columns, or a
 """
 
 import argparse
-import contextlib
 import json
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +16,11 @@ import orjson
 
 from cortex import gateway_client, report
 from cortex.access import keys
-from cortex.gateway_client import LOOK_TIMEOUT_S, GatewayError, ask
+from cortex.gateway_client import GatewayError, ask
+from cortex.load_watch import watched
 from cortex.settings import ConfigError
 
 MIN_INTERVAL_S = 0.1
-LOOK_AT_LOAD_S = 1.0
-"""Interval between two requests for the progress of a load."""
 MAX_SECONDS = 7 * 24 * 3600.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 
@@ -106,47 +103,9 @@ def _models(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node}
-    watcher = _LoadWatcher(options)
-    watcher.start()
-    try:
+    with watched(options, options.model):
         answer = ask(options, "POST", "/admin/models/load", body)
-    finally:
-        watcher.stop()
     return _show(options, answer, "nodes", report.print_act)
-
-
-class _LoadWatcher(threading.Thread):
-    """A thread that prints the progress of a load on standard error. It ignores failed requests."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        super().__init__(daemon=True)
-        self._options = options
-        self._ended = threading.Event()
-        self._last_line = ""
-
-    def run(self) -> None:
-        """Request the progress once a second."""
-        self._print(f"loading {self._options.model}")
-        while not self._ended.wait(LOOK_AT_LOAD_S):
-            with contextlib.suppress(GatewayError, ConfigError, ValueError, KeyError, TypeError):
-                self._look(orjson.loads(ask(self._options, "GET", "/admin/fleet")))
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._ended.set()
-        self.join(LOOK_TIMEOUT_S)
-
-    def _look(self, fleet: dict[str, Any]) -> None:
-        for node in fleet["nodes"]:
-            for model in node["models"]:
-                if model["id"] == self._options.model and model["state"] == "loading":
-                    self._print(f"loading {model['id']} on {node['name']}: {report.progress_of(model)}")
-
-    def _print(self, line: str) -> None:
-        if line != self._last_line and not self._ended.is_set():
-            self._last_line = line
-            sys.stderr.write(report.plain(line) + "\n")
-            sys.stderr.flush()
 
 
 def _unload(options: argparse.Namespace) -> int:

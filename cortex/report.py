@@ -4,6 +4,7 @@ Takes the JSON of a gateway of this version or another; missing fields are left 
 no markup in them is interpreted, and control characters are replaced.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,6 +158,70 @@ def print_models(listing: Mapping[str, Any], console: Console | None = None) -> 
     console.print(table)
 
 
+def print_model(profile: Mapping[str, Any], offer: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a model of the catalogue: its source, where it is, what it can do, and how it is sampled."""
+    console = console or standard_console()
+    sampling = offer.get("sampling") or {}
+    where = ", ".join(f"{node['name']}: {node.get('state', '')}" for node in offer.get("nodes", ()))
+    rows = {
+        "Source": profile["source"],
+        "Nodes": where or "none has it",
+        "Context": str(offer.get("context_length") or "known once it is loaded"),
+        "Can": ", ".join(offer.get("capabilities", ())),
+        "Aliases": ", ".join(offer.get("aliases", ())),
+        "Sampling": ", ".join(f"{name} {value}" for name, value in sampling.items()),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value:
+            _add(table, name, value)
+    console.print(_text(offer["id"], "bold").append_text(_text("  ")).append_text(_state(offer.get("state", ""))))
+    console.print(table)
+
+
+def print_loaded(fleet: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the models that hold memory or are about to."""
+    console = console or standard_console()
+    table = _table("Model", "Node", "State", "Device", ">Context", ">GiB", ">Run", ">Idle")
+    now = time.time()
+    for node in fleet["nodes"]:
+        for model in node.get("models", ()) if node.get("up") else ():
+            if model["state"] in {"available", "failed"}:
+                continue
+            used_at = model.get("last_used_at") or model.get("loaded_at") or now
+            _add(
+                table,
+                model["id"] + (" *" if model.get("pinned") else ""),
+                node["name"],
+                _state(model["state"], f" {progress_of(model)}" if model["state"] == "loading" else ""),
+                "+".join(model.get("devices", ())),
+                str(model.get("context_tokens") or ""),
+                _gib(model.get("weights_bytes", 0) + model.get("kv_cache_bytes", 0)),
+                str(model.get("running", 0)),
+                "" if model.get("running") else _age(now - used_at),
+            )
+    console.print(table if table.row_count else "no model is loaded")
+
+
+def print_known(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """Print known models."""
+    console = console or standard_console()
+    table = _table("Name", ">Size", ">GB", ">Context", "Can", "Licence")
+    for row in rows:
+        can = " ".join(row["capabilities"])
+        _add(table, row["name"], row["parameters"], f"{row['gb']:.1f}", str(row["context"]), can, row["license"])
+    console.print(table)
+
+
+def _age(seconds: float) -> str:
+    for size_s, letter in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size_s:
+            return f"{seconds / size_s:.0f}{letter}"
+    return f"{max(0.0, seconds):.0f}s"
+
+
 def _table(*columns: str) -> Table:
     """Return a table; ``>`` marks a number. Names give way where a line is too long, numbers and states never."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -187,10 +252,11 @@ def plain(text: str) -> str:
 
 def progress_of(model: Mapping[str, Any]) -> str:
     """Return the progress of a load that ``/admin/fleet`` describes, with the bytes of its download."""
-    progress, all_bytes = f"{model.get('progress', 0):.0%}", model.get("download_bytes", 0)
+    progress, done_bytes, all_bytes = (model.get(key, 0) for key in ("progress", "downloaded_bytes", "download_bytes"))
     if not all_bytes:
-        return progress
-    return f"{progress} (downloaded {model.get('downloaded_bytes', 0) / 1e9:.2f} of {all_bytes / 1e9:.2f} GB)"
+        return f"{progress:.0%}"
+    # A download alone has no progress of a load.
+    return f"{progress or done_bytes / all_bytes:.0%} (downloaded {done_bytes / 1e9:.2f} of {all_bytes / 1e9:.2f} GB)"
 
 
 def _text(text: str, style: str = "") -> Text:

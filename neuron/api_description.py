@@ -28,6 +28,7 @@ OPERATIONS = (
     Operation("GET", "/models", "List the models and their states.", ModelList),
     Operation("POST", "/models/load", "Load a model.", ModelStatus, LoadRequest),
     Operation("POST", "/models/fit", "Choose the weights of a repository that fit this node.", Fit, ModelSpec),
+    Operation("POST", "/models/pull", "Download the files of a model.", ModelStatus, ModelSpec),
     Operation("POST", "/models/unload", "Unload a model.", ModelStatus, UnloadRequest),
     Operation("POST", "/models/forget", "Take a model that is not loaded off the list.", ModelStatus, ForgetRequest),
     Operation("POST", "/models/pin", "Pin a model, or let go of it.", ModelStatus, PinRequest),

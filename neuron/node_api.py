@@ -40,6 +40,7 @@ class NodeApi:
             "/models": {"GET": self._models},
             "/models/load": {"POST": self._load},
             "/models/fit": {"POST": self._fit},
+            "/models/pull": {"POST": self._pull},
             "/models/unload": {"POST": self._unload},
             "/models/forget": {"POST": self._forget},
             "/models/pin": {"POST": self._pin},
@@ -72,6 +73,10 @@ class NodeApi:
     async def _load(self, exchange: Exchange) -> None:
         asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), LoadRequest)
         await reply_json(exchange, await until_disconnect(exchange, self._service.load(asked)))
+
+    async def _pull(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ModelSpec)
+        await reply_json(exchange, await until_disconnect(exchange, self._service.pull(asked)))
 
     async def _fit(self, exchange: Exchange) -> None:
         asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ModelSpec)

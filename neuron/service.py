@@ -121,6 +121,7 @@ class Service:
         self.models = ModelTable(
             lambda entry: self._loader.load(entry),
             metrics.forget_model,
+            fetch=lambda entry: self._loader.fetch(entry),
             max_models=daemon.max_models,
             failed_kept_s=daemon.failed_kept_s,
         )
@@ -145,6 +146,11 @@ class Service:
         self.admit()
         retention = Retention(asked.pinned, asked.priority, asked.idle_ttl_s)
         return await self.models.load(asked.spec(), self._harness_of(asked), retention, asked.evict)
+
+    async def pull(self, spec: ModelSpec) -> ModelStatus:
+        """Download the files of a model; see :meth:`ModelTable.pull`."""
+        self.admit()
+        return await self.models.pull(spec, self._harness_of(spec))
 
     async def fit(self, spec: ModelSpec) -> Fit:
         """Return the weights of a source that fit this node best; see :meth:`Harness.fit`."""
@@ -419,7 +425,8 @@ def _server(app: Any, daemon: DaemonSettings) -> Server:
         try:
             trial.bind((host, int(port)))
         except OSError as error:
-            raise ListenError(f"Cannot listen on {listen}: {error.strerror}.") from error
+            reason = f"Cannot listen on {listen}: {error.strerror}"
+            raise ListenError(f"{reason}; see who does (ss -ltnp), or give --listen another address.") from error
     return Server(
         app,
         address=host,

@@ -27,7 +27,7 @@ neuron.cpu_kernels neuron.device.channel neuron.device.driver neuron.formats neu
 neuron.text.token_bytes
 
 cortex cortex._fast.event_fields cortex._fast.log_fields cortex._fast.peek cortex._fast.response_writer
-cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.demo cortex.dialects.anthropic_errors
+cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.dialects.anthropic_errors
 cortex.dialects.openai_chunks cortex.dialects.openai_errors cortex.errors cortex.fleet.state cortex.guard
 cortex.report cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors neuron.text.plain
 neuron.triton_kernels
@@ -42,15 +42,17 @@ neuron.engine_settings neuron.metrics
 cortex._fast.record cortex.gateway_client cortex.known_models cortex.store cortex.upstream neuron.api_description
 neuron.call_headers neuron.config neuron.models
 
-cortex._fast.stream_forwarder cortex.agents cortex.background cortex.conversation_endpoints cortex.fleet
-cortex.metrics cortex.operate cortex.preflight cortex.responses_socket neuron.load neuron.text.tekken
+cortex._fast.stream_forwarder cortex.agents cortex.background cortex.chat_client cortex.conversation_endpoints
+cortex.fleet cortex.load_watch cortex.local_daemons cortex.metrics cortex.preflight cortex.responses_socket
+neuron.load neuron.text.tekken
 
-cortex.admin cortex.admin_models cortex.endpoints cortex.launch cortex.reload cortex.request_log
-cortex.stored_endpoints cortex.stream_forwarding neuron.text.tokenizer
+cortex.admin cortex.chat cortex.endpoints cortex.launch cortex.operate cortex.preparation cortex.reload
+cortex.request_log cortex.stored_endpoints cortex.stream_forwarding neuron.text.tokenizer
 
-cortex._fast.fast_path cortex.api_description cortex.cli cortex.dashboard neuron.engine neuron.text
+cortex._fast.fast_path cortex.admin_models cortex.catalogue_commands cortex.dashboard cortex.demo cortex.run
+neuron.engine neuron.text
 
-cortex.inference cortex.rsgi_io neuron.generation
+cortex.api_description cortex.cli cortex.inference cortex.rsgi_io neuron.generation
 
 cortex.gateway neuron.torch_model
 

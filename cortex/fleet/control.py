@@ -98,6 +98,11 @@ class NeuronClient:
         body = msgspec.json.encode(spec)
         return await self._call(b"POST", b"/models/fit", Fit, body, timeout_s=FIT_TIMEOUT_S)
 
+    async def pull(self, spec: ModelSpec, *, timeout_s: float) -> ModelStatus:
+        """Download the files of a model, and return when they are there. It goes on if the caller stops waiting."""
+        body = msgspec.json.encode(spec)
+        return await self._call(b"POST", b"/models/pull", ModelStatus, body, timeout_s=timeout_s, is_fresh=True)
+
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
         """Unload a model and return when it is gone: after its running requests, or the drain timeout."""
         timeout_s = asked.drain_timeout_s + UNLOAD_TIMEOUT_S

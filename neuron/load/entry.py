@@ -51,13 +51,15 @@ class Entry:
     error: str | None = None
     loading: "asyncio.Task[None] | None" = None
     leaving: "asyncio.Task[None] | None" = None
+    fetching: "asyncio.Task[None] | None" = None
+    """Download of its files alone."""
     lost_on: set[str] = field(default_factory=set)
     """Devices whose workers must restart before the model can be loaded again."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def is_at_rest(self) -> bool:
-        """Return whether the model holds no memory, and no load or unload of it is in progress."""
-        is_idle = self.model is None and self.loading is None and self.leaving is None
+        """Return whether the model holds no memory, and no load, unload or download of it is in progress."""
+        is_idle = self.model is None and self.loading is None and self.leaving is None and self.fetching is None
         return is_idle and self.state in {ModelState.AVAILABLE, ModelState.FAILED}
 
     def status(self) -> ModelStatus:

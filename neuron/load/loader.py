@@ -6,16 +6,19 @@ Progress is one fraction: the first half is the download where there is one, the
 """
 
 import asyncio
+import contextlib
 import logging
 import pathlib
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import msgspec
 
 from cortex.wire.errors import ApiError
+from cortex.wire.node import ModelSpec
 from neuron.errors import SourceUnavailableError
 from neuron.harness import Model
 from neuron.load import source
@@ -45,16 +48,30 @@ class Loader:
                 :meth:`neuron.harness.Harness.measure` and :meth:`neuron.harness.Harness.load`.
             LoadFailedError: the files cause an error that no reader foresees.
         """
-        try:
+        with _foreseen(entry):
             return await self._load(entry)
-        except ApiError:
-            raise
-        except Exception as error:
-            _log.exception("load of model=%s raised", entry.spec.id)
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise LoadFailedError(f"The files of '{entry.spec.id}' cannot be loaded: {reason}") from error
+
+    async def fetch(self, entry: Entry) -> None:
+        """Fetch the weights of ``entry``, so that a load finds them here. Raises as :meth:`load`."""
+        with _foreseen(entry):
+            await self._fetch(entry)
 
     async def _load(self, entry: Entry) -> Model:
+        def loaded(fraction: float) -> None:
+            entry.progress = _FETCH_SHARE + (1.0 - _FETCH_SHARE) * fraction
+
+        path, spec = await self._fetch(entry)
+        need = await entry.harness.measure(spec, path)
+        async with self._evictor.devices_for(entry, need) as devices:
+            start = time.monotonic()
+            model = await entry.harness.load(
+                msgspec.structs.replace(spec, devices=devices) if devices else spec, path, loaded
+            )
+            entry.load_s = time.monotonic() - start
+            return model
+
+    async def _fetch(self, entry: Entry) -> tuple[pathlib.Path, ModelSpec]:
+        """Return the path of the weights, and the specification with that of the draft model's."""
         is_over = threading.Event()
 
         def fetched(done_bytes: int, total_bytes: int) -> None:
@@ -62,9 +79,6 @@ class Loader:
                 raise SourceUnavailableError(f"The load of '{spec.id}' was ended; what has come is kept.")
             entry.downloaded_bytes, entry.download_bytes = done_bytes, total_bytes
             entry.progress = _FETCH_SHARE * done_bytes / total_bytes if total_bytes else 0.0
-
-        def loaded(fraction: float) -> None:
-            entry.progress = _FETCH_SHARE + (1.0 - _FETCH_SHARE) * fraction
 
         def fetch(name: str, sha256: str = "") -> pathlib.Path:
             return source.fetch(name, cache=self._cache, sha256=sha256, report=fetched)
@@ -78,11 +92,17 @@ class Loader:
         finally:
             is_over.set()  # a thread cannot be cancelled
             entry.downloaded_bytes = entry.download_bytes = 0
-        need = await entry.harness.measure(spec, path)
-        async with self._evictor.devices_for(entry, need) as devices:
-            start = time.monotonic()
-            model = await entry.harness.load(
-                msgspec.structs.replace(spec, devices=devices) if devices else spec, path, loaded
-            )
-            entry.load_s = time.monotonic() - start
-            return model
+        return path, spec
+
+
+@contextlib.contextmanager
+def _foreseen(entry: Entry) -> Iterator[None]:
+    """Make every exception that files cause an :class:`ApiError`."""
+    try:
+        yield
+    except ApiError:
+        raise
+    except Exception as error:
+        _log.exception("load of model=%s raised", entry.spec.id)
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise LoadFailedError(f"The files of '{entry.spec.id}' cannot be loaded: {reason}") from error

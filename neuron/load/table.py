@@ -33,6 +33,8 @@ _log = logging.getLogger("neuron.models")
 
 Load = Callable[[Entry], Awaitable[Model]]
 """Function that fetches, checks and loads an entry's model (:meth:`neuron.load.loader.Loader.load`)."""
+Fetch = Callable[[Entry], Awaitable[None]]
+"""Function that downloads an entry's files (:meth:`neuron.load.loader.Loader.fetch`)."""
 
 LOADING_RETRY_AFTER_S = 2.0
 FAILED_RETRY_AFTER_S = 30.0
@@ -47,6 +49,7 @@ class ModelTable:
         load: Load,
         on_leave: Callable[[str], None] = lambda model: None,
         *,
+        fetch: Fetch | None = None,
         max_models: int = 256,
         failed_kept_s: float = 600.0,
     ) -> None:
@@ -54,6 +57,7 @@ class ModelTable:
         self._max_models = max_models
         self._failed_kept_s = failed_kept_s
         self._load = load
+        self._fetch = fetch
         self._on_leave = on_leave
         self._entries: dict[str, Entry] = {}
         self._changed = asyncio.Event()
@@ -130,8 +134,8 @@ class ModelTable:
         """
         retention = retention or Retention()
         entry = self._entries.get(spec.id)
-        while entry is not None and entry.leaving is not None:
-            await asyncio.shield(entry.leaving)
+        while entry is not None and (before := entry.leaving or entry.fetching) is not None:
+            await asyncio.wait({before})
             entry = self._entries.get(spec.id)
         if evict is not None:
             self.defrag_after_cycles = evict.defrag_after_cycles
@@ -155,6 +159,45 @@ class ModelTable:
             loading.result()
         return entry.status()
 
+    async def pull(self, spec: ModelSpec, harness: Harness) -> ModelStatus:
+        """Download the files of a model, listed from then on, and return its status; join a download or load of it.
+
+        The download continues when a caller is cancelled. Raises as :meth:`load`.
+        """
+        entry = self._entries.get(spec.id)
+        is_new = entry is None
+        if entry is None or (entry.is_at_rest() and entry.spec != spec):
+            if is_new:
+                self._make_space(spec.id)
+            is_configured = entry is not None and entry.is_configured
+            entry = self._entries[spec.id] = Entry(spec, harness, is_configured=is_configured)
+        elif entry.spec != spec:
+            raise ModelConflictError(
+                f"The model '{spec.id}' is {entry.state} here from '{entry.spec.source}'; unload it first.", param="id"
+            )
+        if entry.is_at_rest():
+            entry.fetching = asyncio.create_task(self._pull(entry, is_new))
+            entry.fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if (running := entry.fetching or entry.loading) is not None:
+            await asyncio.wait({running})
+            if running.cancelled():
+                raise UnavailableError(f"The download of '{spec.id}' was ended by an unload.", retry_after_s=1.0)
+            running.result()
+        return entry.status()
+
+    async def _pull(self, entry: Entry, is_new: bool) -> None:
+        assert self._fetch is not None
+        try:
+            await self._fetch(entry)
+        except BaseException:
+            if is_new and self._entries.get(entry.spec.id) is entry:
+                del self._entries[entry.spec.id]
+            raise
+        finally:
+            entry.fetching = None
+            self.generation += 1
+            self.note_change()
+
     async def unload(self, name: str, drain_timeout_s: float, generation: int = 0) -> ModelStatus:
         """Let running requests finish for up to ``drain_timeout_s``, then free the model; return its last status.
 
@@ -169,9 +212,10 @@ class ModelTable:
             raise GenerationConflictError(
                 f"'{name}' was loaded again since: generation {entry.generation}, not {generation}.", param="generation"
             )
-        if entry.loading is not None:
-            entry.loading.cancel()
-            await asyncio.wait({entry.loading})
+        for running in (entry.loading, entry.fetching):
+            if running is not None:
+                running.cancel()
+                await asyncio.wait({running})
         if entry.leaving is None and entry.model is not None:
             self._enter(entry, ModelState.DRAINING)
             entry.leaving = asyncio.create_task(self._leave(entry, drain_timeout_s))

@@ -4,14 +4,20 @@ _cortex() {
     COMPREPLY=()
     case "$previous" in
         --config|--key-file|--ca-file) mapfile -t COMPREPLY < <(compgen -f -- "$current"); return ;;
-        --listen|--metrics-listen|--workers|--url|--node|--drain-timeout|--new|--model|--small-model) return ;;
+        --listen|--metrics-listen|--workers|--url|--context|--node|--id|--system|--set|--drain-timeout|--new|--model|--small-model) return ;;
     esac
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case "$word" in serve|status|models|load|unload|forget|pin|drain|dashboard|reload|keys|launch|demo) command="$word"; break ;; esac
+        case "$word" in serve|run|pull|show|rm|ps|search|status|models|load|unload|forget|pin|drain|dashboard|reload|keys|launch|demo) command="$word"; break ;; esac
     done
     case "$command" in
-        '') mapfile -t COMPREPLY < <(compgen -W 'serve status models load unload forget pin drain dashboard reload keys launch demo -h --help --version' -- "$current") ;;
+        '') mapfile -t COMPREPLY < <(compgen -W 'serve run pull show rm ps search status models load unload forget pin drain dashboard reload keys launch demo -h --help --version' -- "$current") ;;
         serve) mapfile -t COMPREPLY < <(compgen -W '-h --help --config --listen --metrics-listen --workers --check' -- "$current") ;;
+        run) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --context --node --id --system --set --json --no-start' -- "$current") ;;
+        pull) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --context --node --id' -- "$current") ;;
+        show) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --context --node --id' -- "$current") ;;
+        rm) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
+        ps) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
+        search) mapfile -t COMPREPLY < <(compgen -W '-h --help --json' -- "$current") ;;
         status) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --watch' -- "$current") ;;
         models) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
         load) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --node' -- "$current") ;;

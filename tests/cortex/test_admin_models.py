@@ -168,6 +168,11 @@ async def test_a_model_is_fitted_added_loaded_and_removed(tmp_path: pathlib.Path
             assert (await act("POST", "", **profile))["id"] == "n"
             assert await gateway.names() == {"mine", "n"}
             assert json.loads((tmp_path / "added-models.json").read_text())["models"][0]["source"] == profile["source"]
+            pulled = await act("POST", "/pull", model="n")
+            assert (list(pulled["nodes"]), large.pulls[-1].source) == (["b"], profile["source"])
+            assert list((await act("POST", "/pull", model="n", node="a"))["nodes"]) == ["a"]
+            assert await act("POST", "/pull", model="never") == (404, "model_not_found")
+            assert await act("POST", "/pull", model="n", node="c") == (404, "node_not_found")
             assert list((await act("POST", "/load", model="n"))["nodes"]) == ["b"], "where it was fitted"
             assert large.loads[-1].source == "hf:o/n-GGUF:Q8_0"
             assert (await act("POST", "/fit", model="hf:o/n-GGUF"))["offered"]
@@ -181,7 +186,7 @@ async def test_a_model_is_fitted_added_loaded_and_removed(tmp_path: pathlib.Path
             assert await act("DELETE", "/mine") == (409, "model_not_added")
             assert await act("DELETE", "/never") == (404, "model_not_found")
 
-            assert await act("DELETE", "/n") == {"id": "n", "nodes": ["b"]}
+            assert await act("DELETE", "/n") == {"id": "n", "nodes": ["a", "b"]}
             assert await gateway.names() == {"mine"}
             assert "n" not in large.models
         async with Running(path) as gateway:

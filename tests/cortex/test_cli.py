@@ -54,8 +54,8 @@ def test_a_demo_without_a_neuron_names_the_missing_modules(tmp_path: pathlib.Pat
     """As of a package that has the gateway alone."""
     code = f"import sys; sys.executable = '{tmp_path}/python3'; from cortex import cli; sys.exit(cli.main(['demo']))"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30, check=False)
-    assert (done.returncode, done.stderr) == (1, "")
-    assert f"demo: {tmp_path}/neuron is not there" in done.stdout
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"demo: {tmp_path}/neuron is not there" in done.stderr
 
 
 @pytest.mark.parametrize("columns", ["20", "40", "200"])
@@ -147,7 +147,7 @@ def answering(body: bytes, status: int = 200) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-        do_POST = do_GET
+        do_POST = do_DELETE = do_GET
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -163,7 +163,8 @@ def answering(body: bytes, status: int = 200) -> Iterator[str]:
 
 
 COMMANDS = [["status"], ["models"], ["keys"], ["load", "m"], ["unload", "m"], ["pin", "m"], ["forget", "m"],
-            ["drain", "a"], ["reload"]]  # fmt: skip
+            ["drain", "a"], ["reload"], ["ps"], ["rm", "m"], ["show", "m"], ["pull", "m"],
+            ["run", "m", "hi"]]  # fmt: skip
 
 
 @pytest.mark.parametrize(

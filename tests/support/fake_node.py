@@ -160,6 +160,7 @@ class FakeNode:
     load: Callable[[ModelSpec], Awaitable[ModelStatus | Script]] | None = None
     fit: Fit | Script = field(default_factory=lambda: Fit(None))
     """Answer to a question for weights that fit."""
+    pulls: list[ModelSpec] = field(default_factory=list)
     fit_specs: list[ModelSpec] = field(default_factory=list)
     free_bytes: int = 16 * GIB
     dialects: tuple[str, ...] = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
@@ -290,6 +291,11 @@ class FakeNode:
                 await line.reply(200, msgspec.json.encode(self.fit))
             else:
                 await self.fit(received, line)
+        elif received.path == "/models/pull":
+            spec = msgspec.json.decode(received.body, type=ModelSpec)
+            self.pulls.append(spec)
+            self.models[spec.id] = ModelStatus(spec.id, ModelState.AVAILABLE, source=spec.source)
+            await line.reply(200, msgspec.json.encode(self.models[spec.id]))
         elif received.path == "/models/pin":
             pin = msgspec.json.decode(received.body, type=PinRequest)
             self.pins.append(pin)

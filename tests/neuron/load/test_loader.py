@@ -12,6 +12,7 @@ from scripted_model import ScriptedHarness
 from cortex.wire.errors import UnavailableError
 from cortex.wire.node import ModelSpec, ModelState
 from neuron import metrics
+from neuron.errors import ModelConflictError, ModelNotReadyError, SourceNotFoundError
 from neuron.load import source
 from neuron.load.entry import Entry
 from neuron.load.eviction import Evictor
@@ -68,6 +69,68 @@ def test_a_download_is_reported_and_ends_with_its_load(tmp_path: pathlib.Path, m
 
     fetch = source.fetch
     monkeypatch.setattr(source, "fetch", lambda name, report, **rest: fetch(name, report=watched(report), **rest))
+    with serve_files() as site:
+        publish_repository(site, FILES)
+        monkeypatch.setenv("HF_ENDPOINT", site.address)
+        asyncio.run(story())
+
+
+def test_files_are_downloaded_without_a_load(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    first_came, goes_on = threading.Event(), threading.Event()
+
+    async def story() -> None:
+        async def load(entry: Entry) -> object:
+            return await loader.load(entry)
+
+        async def fetch(entry: Entry) -> None:
+            await loader.fetch(entry)
+
+        models, harness = ModelTable(load, fetch=fetch), ScriptedHarness()  # type: ignore[arg-type]
+        loader = Loader(tmp_path, Evictor(models))
+        pulls = [asyncio.ensure_future(models.pull(SPEC, harness)) for _ in range(2)]
+        await asyncio.to_thread(first_came.wait, 10)
+        status = models.statuses()[0]
+        assert status.state is ModelState.AVAILABLE
+        assert 0 < status.downloaded_bytes < status.download_bytes == SIZE_BYTES
+        with pytest.raises(ModelNotReadyError):
+            models.forget("m")
+        with pytest.raises(ModelConflictError):
+            await models.pull(ModelSpec("m", "hf:tiny/other"), harness)
+        loading = asyncio.ensure_future(models.load(SPEC, harness))
+        goes_on.set()
+        assert [status.download_bytes for status in await asyncio.gather(*pulls)] == [0, 0]
+        hits = len(site.hits)
+        assert (await loading).state is ModelState.READY
+        assert not harness.unloads
+        assert len(site.hits) == hits, "the load finds the files there"
+        assert (await models.pull(SPEC, harness)).state is ModelState.READY
+
+        with pytest.raises(SourceNotFoundError):
+            await models.pull(ModelSpec("n", "hf:tiny/none"), harness)
+        assert [status.id for status in models.statuses()] == ["m"], "what cannot be downloaded is not listed"
+        first_came.clear()
+        goes_on.clear()
+        publish_repository(site, {**FILES, "model.safetensors": WEIGHTS + b"x"}, "tiny/more")
+        ended = asyncio.ensure_future(models.pull(ModelSpec("o", "hf:tiny/more"), harness))
+        await asyncio.to_thread(first_came.wait, 10)
+        await models.unload("o", 0)
+        goes_on.set()
+        with pytest.raises(UnavailableError, match="ended by an unload"):
+            await ended
+
+    def watched(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        def report_and_wait(done: int, total: int) -> None:
+            report(done, total)
+            first_came.set()
+            goes_on.wait(10)
+
+        return report_and_wait
+
+    fetch_source = source.fetch
+    monkeypatch.setattr(
+        source, "fetch", lambda name, report, **rest: fetch_source(name, report=watched(report), **rest)
+    )
     with serve_files() as site:
         publish_repository(site, FILES)
         monkeypatch.setenv("HF_ENDPOINT", site.address)

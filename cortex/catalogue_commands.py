@@ -1,0 +1,135 @@
+"""The commands about which models there are: pull, rm, show, search, ps.
+
+Each prints tables of at most 80 columns, or JSON. ``search`` needs no gateway.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+import urllib.parse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import orjson
+
+from cortex import gateway_client, preparation, report
+from cortex.gateway_client import GatewayError, ask
+from cortex.known_models import KnownModel, known_models, search
+from cortex.preparation import read
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace], int]
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands to a parser."""
+
+    def add(command: _Command, *, asks: bool = True) -> argparse.ArgumentParser:
+        parser = commands.add_parser(command.name, help=command.help)
+        if asks:
+            gateway_client.add_options(parser)
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.set_defaults(run=functools.partial(_run, command.run))
+        return parser
+
+    preparation.add_arguments(add(_Command("pull", "choose where a model fits, and download it there", _pull)))
+    preparation.add_arguments(add(_Command("show", "show a model, or what would be chosen of it and where", _show)))
+    removal = add(_Command("rm", "remove an added model from the catalogue, and unload it", _remove))
+    removal.add_argument("model")
+    add(_Command("ps", "show the models that are loaded", _ps))
+    listing = add(_Command("search", "list the known models that have all words", _search), asks=False)
+    listing.add_argument("words", nargs="*")
+
+
+def _run(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a command; its errors are the gateway's reasons alone."""
+    try:
+        with preparation.of_gateway():
+            return command(options)
+    except GatewayError as error:
+        raise GatewayError(error.reason, error.status) from None
+
+
+def _pull(options: argparse.Namespace) -> int:
+    name = preparation.prepare(options, options.model, loads=False)
+    return _print(options, {"id": name}, lambda: report.print_line(f"{name}: downloaded; `cortex run {name}` loads it"))
+
+
+def _remove(options: argparse.Namespace) -> int:
+    removed = read(ask(options, "DELETE", f"/admin/models/{urllib.parse.quote(options.model)}"))
+    where = f", and unloaded on {', '.join(removed['nodes'])}" if removed["nodes"] else ""
+    line = f"{removed['id']}: removed from the catalogue{where}; downloaded files stay in the caches of the nodes"
+    return _print(options, removed, lambda: report.print_line(line))
+
+
+def _show(options: argparse.Namespace) -> int:
+    plan = preparation.fitted(options, options.model)
+    name = plan["profile"]["id"]
+    rows = read(ask(options, "GET", "/admin/models"))["data"] if plan["offered"] else ()
+    offer = next((row for row in rows if row["id"] == name), None)
+    known = known_models().get(name)
+    found = {**plan, "offer": offer, "known": msgspec.to_builtins(known)}
+
+    def show() -> None:
+        if offer is None:
+            for line in preparation.plan_lines(plan):
+                report.print_line(line)
+        else:
+            report.print_model(plan["profile"], offer)
+        if known is not None:
+            report.print_line(_facts(known))
+
+    return _print(options, found, show)
+
+
+def _facts(model: KnownModel) -> str:
+    memory = ", ".join(
+        f"{model.memory_bytes(context_tokens=tokens) / preparation.GIB:.1f} GiB with {tokens} tokens"
+        for tokens in (8192, 32768, model.context_tokens)
+        if tokens <= model.context_tokens
+    )
+    can = ", ".join(model.capabilities)
+    facts = f"{_billions(model.parameters)} parameters, licence {model.license}, {can}"
+    return f"{model.title}: {facts}; about {memory} as {model.usual_quant}"
+
+
+def _ps(options: argparse.Namespace) -> int:
+    fleet = read(ask(options, "GET", "/admin/fleet"))
+    return _print(options, fleet, lambda: report.print_loaded(fleet))
+
+
+def _search(options: argparse.Namespace) -> int:
+    found = search(" ".join(options.words), known_models())
+    rows = [
+        {
+            "name": model.name,
+            "parameters": _billions(model.parameters),
+            "gb": model.weights_bytes(model.usual_quant) / 1e9,
+            "context": model.context_tokens,
+            "capabilities": list(model.capabilities),
+            "license": model.license,
+        }
+        for model in found
+    ]
+    if not found and not options.json:
+        words = " ".join(options.words)
+        raise GatewayError(f"no known model has {words!r}; any repository can be named: cortex run hf:OWNER/NAME")
+    return _print(options, [msgspec.to_builtins(model) for model in found], lambda: report.print_known(rows))
+
+
+def _billions(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
+
+
+def _print(options: argparse.Namespace, value: Mapping[str, Any] | list[Any], show: Callable[[], None]) -> int:
+    if options.json:
+        sys.stdout.write(orjson.dumps(value).decode() + "\n")
+    else:
+        show()
+    return 0
