@@ -37,7 +37,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Class of each kind of model, and its differences."""
 
-TRAINED: dict[str, pathlib.Path] = {kind: pathlib.Path(__file__).parents[1] / "data" / kind for kind in ("qwen3_5",)}
+TRAINED: dict[str, pathlib.Path] = {
+    kind: pathlib.Path(__file__).parents[1] / "data" / kind for kind in ("qwen3_5", "qwen3_5_moe")
+}
 """Folders of models that ``train_hybrid.py`` has trained: chat with reasoning, a head that drafts tokens."""
 
 

@@ -109,6 +109,8 @@ def test_drafts_of_the_head_are_often_right(trained: Trained) -> None:
     model.read(trained.path)
     acceptance = model.acceptance(torch.tensor(trained.prompts(200, 200)))
     assert acceptance > 0.5, "by chance it is one in a thousand"
+    for logits in model.routed:  # of each layer of experts
+        assert len(logits.topk(2).indices.unique()) == logits.shape[1], "each expert is needed"
 
 
 @pytest.mark.parametrize(
