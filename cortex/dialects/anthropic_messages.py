@@ -64,6 +64,7 @@ class _Format(msgspec.Struct):
 
 
 class _OutputConfig(msgspec.Struct):
+    effort: str | None = None
     format: _Format | None = None
 
 
@@ -94,7 +95,7 @@ PARAMETERS = Parameters(
         "server_name stop_reason url",
         "messages.content.source": "file_id",
         "thinking": "budget_tokens display",
-        "output_config": "effort task_budget",
+        "output_config": "task_budget",
         "tools": "cache_control " + fields.HOSTED_TOOL_NAMES,
     },
     refused=OPEN_SERVERS,
@@ -122,6 +123,8 @@ def decode(body: bytes) -> MessagesCall:
     blocks.check_results(parsed.messages)
     tools, hosted = _tools(parsed.tools or ())
     read, num_omitted = readable(messages, images=True, model=parsed.model)
+    thinks, config = _thinking(parsed.thinking), parsed.output_config or _OutputConfig()
+    effort = fields.effort_of(config.effort, "output_config.effort")
     request = InferenceRequest(
         model=parsed.model,
         messages=read,
@@ -132,7 +135,8 @@ def decode(body: bytes) -> MessagesCall:
         max_tokens=fields.in_range("max_tokens", parsed.max_tokens, 1, 1 << 31),
         stop=fields.stop_strings(parsed.stop_sequences, MAX_STOP_SEQUENCES, param="stop_sequences"),
         output_format=parsed.form(_output_format(parsed), "output_config.format"),
-        thinking=_thinking(parsed.thinking),
+        thinking=thinks,
+        effort=effort if thinks is not False else "",
     )
     return MessagesCall(request, bool(parsed.stream), ignored=(*ignored, *hosted), num_omitted=num_omitted)
 

@@ -184,6 +184,7 @@ def decode(body: bytes) -> ChatCall:
     tools = offered(parsed.tools or ())
     tool_choice, left = chosen(parsed.tool_choice, parsed.parallel_tool_calls is not False, tools)
     messages, num_omitted = readable(_messages(parsed.messages), images=True, model=parsed.model)
+    effort = _effort(parsed)
     request = InferenceRequest(
         model=parsed.model,
         messages=messages,
@@ -196,7 +197,8 @@ def decode(body: bytes) -> ChatCall:
         num_choices=fields.in_range("n", parsed.n, 1, 128) or 1,
         top_logprobs=fields.in_range("top_logprobs", parsed.top_logprobs or 0, 0, 20) if wants_logprobs else None,
         output_format=parsed.form(output_format_of(parsed.response_format), "response_format"),
-        thinking=_thinking(parsed),
+        thinking=fields.thinking(*effort),
+        effort=fields.effort_of(*effort),
         template_arguments=parsed.chat_template_kwargs or {},
     )
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
@@ -282,8 +284,8 @@ def _arguments(value: str | dict[str, Any] | None) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _thinking(body: ChatBody) -> bool | None:
-    """Return whether to think; OpenRouter and Ollama have the effort in an object, as Responses do."""
+def _effort(body: ChatBody) -> tuple[str | None, str]:
+    """Return the effort and its parameter; OpenRouter and Ollama have it in an object, as Responses do."""
     if body.reasoning_effort is None and body.reasoning is not None:
-        return fields.thinking(body.reasoning.effort, "reasoning.effort")
-    return fields.thinking(body.reasoning_effort, "reasoning_effort")
+        return body.reasoning.effort, "reasoning.effort"
+    return body.reasoning_effort, "reasoning_effort"

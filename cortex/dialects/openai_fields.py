@@ -203,3 +203,8 @@ def thinking(effort: str | None, param: str) -> bool | None:
         case "low" | "medium" | "high" | "xhigh" | "max":
             return True
     raise InvalidRequestError(f"Invalid '{param}': '{effort}' is not an effort.", param=param)
+
+
+def effort_of(effort: str | None, param: str) -> str:
+    """Return an effort that thinking is asked for with, "" for none. Raises as :func:`thinking`."""
+    return effort if effort is not None and thinking(effort, param) else ""

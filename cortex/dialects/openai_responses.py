@@ -188,6 +188,7 @@ def decode(body: bytes) -> ResponsesCall:
         ending=parsed.ending(),
         output_format=parsed.form(_output_format(parsed.text), "text.format"),
         thinking=fields.thinking(reasoning.effort, "reasoning.effort"),
+        effort=fields.effort_of(reasoning.effort, "reasoning.effort"),
     )
     return ResponsesCall(
         request,

@@ -341,4 +341,6 @@ def _template_arguments(request: InferenceRequest) -> dict[str, Any] | None:
     arguments = dict(request.template_arguments)
     if request.thinking is not None:
         arguments.setdefault("enable_thinking", request.thinking)
+    if request.effort:
+        arguments.setdefault("reasoning_effort", request.effort)
     return arguments or None

@@ -65,7 +65,8 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._includes_stop = includes_stop
         self._stop_pending = ""
-        self._splitter = ReasoningSplitter(tags, starts_inside=starts_in_reasoning) if tags else None
+        call = HERMES.marker if tools else ""
+        self._splitter = ReasoningSplitter(tags, starts_inside=starts_in_reasoning, call=call) if tags else None
         self._tools = ToolCallParser(call_form, tools) if tools else None
         self._markers = markers
         self._parallel_calls = parallel_calls

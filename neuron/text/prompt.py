@@ -7,6 +7,7 @@ gets them joined. One that fails is an error, never a retry with less. What a cl
 (:mod:`neuron.text.client_text`), unless the model's entry says otherwise; a raw prompt is its author's own template.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -35,7 +36,7 @@ from neuron.text.history import (
     with_tools_as_text,
 )
 from neuron.text.infill import infill_form
-from neuron.text.reasoning import ReasoningTags
+from neuron.text.reasoning import EFFORTS, ReasoningTags, nearest_effort
 from neuron.text.tokenizer import TextFiles
 
 _TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -70,6 +71,7 @@ class PromptFormat:
         """Whether the template has a place of its own for tools."""
         self.tags = ReasoningTags() if source is not None and "<think>" in source else None
         """The tags around this model's reasoning, ``None`` for a model that does not reason."""
+        self._efforts = self._taken_efforts() if source is not None and "reasoning_effort" in source else None
         self.call_form = form_of(source)
         """Form in which the model writes calls."""
         marked = {*MARKERS, *((self.tags.start, self.tags.end) if self.tags else ())}
@@ -172,6 +174,8 @@ class PromptFormat:
         }
         if request.thinking is not None:
             arguments.setdefault("enable_thinking", request.thinking)
+        if request.effort and self._efforts is not None:
+            arguments.setdefault("reasoning_effort", nearest_effort(request.effort, self._efforts))
         messages = one_system_message(messages)
         try:
             try:
@@ -185,6 +189,16 @@ class PromptFormat:
             # A template is a program of the model's author: what it raises is about the conversation.
             with_tools = " with tools" if tools else ""
             raise TemplateError(f"The chat template of '{request.model}' failed{with_tools}: {error}.") from error
+
+    def _taken_efforts(self) -> tuple[str, ...]:
+        """Return the efforts with which the template takes the least conversation: some raise for all but their own."""
+        taken = []
+        for effort in EFFORTS:
+            arguments = {**self._files.special_tokens, "tools": None, "documents": None, "reasoning_effort": effort}
+            with contextlib.suppress(*_TEMPLATE_FAILURES):
+                self._rendered([Message(Role.USER, "x")], {"add_generation_prompt": True, **arguments})
+                taken.append(effort)
+        return tuple(taken)
 
     def _rendered(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
         assert self._template is not None

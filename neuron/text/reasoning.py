@@ -3,8 +3,10 @@
 Knows the tags and nothing of tokens. A text that ends in mid-thought is reasoning throughout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from neuron.text.holdback import held_back
 
@@ -17,6 +19,16 @@ class ReasoningTags:
     end: str = "</think>"
 
 
+EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
+"""Efforts of thinking in their order, as APIs name them."""
+
+
+def nearest_effort(asked: str, taken: Sequence[str]) -> str:
+    """Return the effort of those that a template has ``taken`` that is nearest to the one asked for, above it first."""
+    order = EFFORTS[EFFORTS.index(asked) :] + EFFORTS[EFFORTS.index(asked) :: -1]
+    return next((effort for effort in order if effort in taken), asked)
+
+
 class Section(Enum):
     """Section of an output that a piece of text belongs to."""
 
@@ -27,11 +39,15 @@ class Section(Enum):
 class ReasoningSplitter:
     """Feed text in any pieces, take ``(section, text)`` pieces out; nothing is lost and no tag leaks.
 
-    The opening tag counts only before the answer has begun. White space next to a tag belongs to the tag.
+    The opening tag counts only before the answer has begun. White space next to a tag belongs to the tag. ``call`` is
+    the text that a tool call begins with: models call without closing their reasoning, which ends where a line is one.
     """
 
-    def __init__(self, tags: ReasoningTags, *, starts_inside: bool) -> None:
+    def __init__(self, tags: ReasoningTags, *, starts_inside: bool, call: str = "") -> None:
         self._tags = tags
+        self._call = call
+        self._begins_line = True
+        """Whether the pending text begins a line of the reasoning."""
         self._pending = ""
         self._may_open = not starts_inside
         self._skips_space = starts_inside
@@ -62,17 +78,22 @@ class ReasoningSplitter:
             self._skips_space = False
         if self.inside:
             found = self._pending.find(self._tags.end)
+            call = self._find_call()
+            if call >= 0 and (found < 0 or call < found):
+                self._emit(pieces, Section.REASONING, self._pending[:call].rstrip())
+                self._pending, self.inside = self._pending[call:], False
+                return True
             if found >= 0:
                 self._emit(pieces, Section.REASONING, self._pending[:found].rstrip())
                 self._pending = self._pending[found + len(self._tags.end) :]
                 self.inside = False
                 self._skips_space = True
                 return True
-            keep = held_back(self._pending, [self._tags.end])
+            keep = held_back(self._pending, [self._tags.end, *([self._call] if self._call else [])])
             # Space before a closing tag is the tag's: hold it back with what may be the tag.
             body = self._pending[: len(self._pending) - keep].rstrip()
             self._emit(pieces, Section.REASONING, body)
-            self._pending = self._pending[len(body) :]
+            self._pending, self._begins_line = self._pending[len(body) :], self._begins_line and not body
             return False
         if self._may_open:
             stripped = self._pending.lstrip()
@@ -86,6 +107,16 @@ class ReasoningSplitter:
         self._emit(pieces, Section.ANSWER, self._pending)
         self._pending = ""
         return False
+
+    def _find_call(self) -> int:
+        """Return where a line of the pending text begins with a call; -1: none does."""
+        at = self._pending.find(self._call) if self._call else -1
+        while at >= 0:
+            line = self._pending[:at].rpartition("\n")
+            if not line[2].strip() and (line[1] or self._begins_line):
+                return at
+            at = self._pending.find(self._call, at + 1)
+        return -1
 
     @staticmethod
     def _emit(pieces: list[tuple[Section, str]], section: Section, text: str) -> None:

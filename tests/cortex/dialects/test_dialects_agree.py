@@ -157,6 +157,7 @@ def test_a_conversation_is_the_same_request_in_every_dialect(
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
         "max_tokens": 99,
         "thinking": {"type": "enabled", "budget_tokens": 1},
+        "output_config": {"effort": "high"},
     }
     for name, body in (("chat", chat), ("responses", responses), ("messages", messages)):
         found[name] = DECODERS[name](orjson.dumps(body)).request

@@ -240,3 +240,49 @@ def test_reserved_template_variables_cannot_be_replaced() -> None:
         with pytest.raises(InvalidRequestError, match=f"'{name}' cannot be given"):
             render(STRICT, HI, template_arguments={name: []})
     assert render("{{ add_generation_prompt }}", HI, template_arguments={"add_generation_prompt": False}) == "False"
+
+
+# As Qwen3.5's and later ones: thinking is opened or closed for the model, old thoughts are kept on demand, and an
+# effort that is not known is an error.
+THINKING = """
+{%- if reasoning_effort is defined and reasoning_effort not in ['low', 'medium', 'xhigh'] %}
+{{- raise_exception('Unknown effort.') }}{% endif %}
+{{- '(' + reasoning_effort + ')' if reasoning_effort is defined else '' }}
+{%- set last = namespace(at=0) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set last.at = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}{{- '[' + message.role + ']' }}
+{%- if message.reasoning_content and (preserve_thinking | default(false) or loop.index0 > last.at) %}
+{{- '<think>' + message.reasoning_content + '</think>' }}{% endif %}
+{{- message.content }}{% endfor %}
+{%- if add_generation_prompt %}{{- '[assistant]<think>\\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{- '\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
+
+
+def thinking(*messages: Message, **fields: Any) -> str:
+    return render(THINKING, *(messages or (HI,)), **fields)
+
+
+def test_thinking_is_opened_or_closed_as_the_template_does() -> None:
+    assert thinking() == thinking(thinking=True) == "[user]hi[assistant]<think>\n"
+    assert thinking(thinking=False) == "[user]hi[assistant]<think>\n\n</think>\n\n"
+    format = prompts(THINKING)
+    opened = format.build(InferenceRequest("m", (HI,)))
+    assert (opened.starts_in_reasoning, opened.ends_reasoning) == (True, False)
+    closed = format.build(InferenceRequest("m", (HI,), thinking=False))
+    assert (closed.starts_in_reasoning, closed.ends_reasoning) == (False, True)
+
+
+def test_an_effort_is_one_that_the_template_takes() -> None:
+    for asked, given in (("low", "low"), ("medium", "medium"), ("high", "xhigh"), ("max", "xhigh")):
+        assert thinking(thinking=True, effort=asked).startswith(f"({given})")
+    assert thinking(effort="high", template_arguments={"reasoning_effort": "low"}).startswith("(low)")
+    with pytest.raises(TemplateError, match="Unknown effort"):
+        thinking(template_arguments={"reasoning_effort": "high"})
+    assert render(STRICT, HI, effort="high") == "[user]hi", "a template without efforts gets none"
+
+
+def test_old_thoughts_are_kept_on_demand() -> None:
+    turns = HI, Message(Role.ASSISTANT, "hello", reasoning="a greeting"), Message(Role.USER, "again")
+    assert "a greeting" not in thinking(*turns)
+    assert "<think>a greeting</think>hello" in thinking(*turns, template_arguments={"preserve_thinking": True})
+    assert "a greeting" in thinking(*turns[:2]), "behind the last question they are always there"
