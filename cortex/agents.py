@@ -29,8 +29,6 @@ class Target:
     """Model of side requests, such as titles."""
     context_tokens: int = 0
     """Length of the model's context; 0: not known."""
-    max_output_tokens: int = 0
-    """Longest answer; 0: not known."""
     sees: bool = False
     """Whether the model reads images."""
     reasons: bool = False
@@ -44,8 +42,9 @@ class Target:
     @property
     def output_tokens(self) -> int:
         """Longest answer that leaves most of the context to the conversation."""
-        limit = min(self.max_output_tokens or USUAL_OUTPUT_TOKENS, USUAL_OUTPUT_TOKENS)
-        return min(limit, max(self.context_tokens // 4, 1)) if self.context_tokens else limit
+        return (
+            min(USUAL_OUTPUT_TOKENS, max(self.context_tokens // 4, 1)) if self.context_tokens else USUAL_OUTPUT_TOKENS
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ ADDED_MODELS = "added-models.json"
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 """A finite positive duration."""
+Dollars = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""A finite price."""
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Alias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}\*?$")]
 """Another name of a model; with a ``*`` at its end, a prefix of all names that match nothing else."""
@@ -238,6 +240,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     neurons: tuple[NodeSettings, ...] = ()
 
 
+class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Prices of a million tokens in US dollars, as ``/v1/models`` and the dashboard tell them."""
+
+    input: Dollars = 0.0
+    output: Dollars = 0.0
+    cached_input: Dollars | None = None
+    """Price of the prompt's tokens that the prefix cache has; ``None``: that of the others."""
+
+
 class ModelProfile(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An entry of ``[[models]]``: a model's specification and placement."""
 
@@ -253,6 +264,7 @@ class ModelProfile(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Least compute capability of the GPUs that load it."""
     memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Memory that it needs, for placement before any node has loaded it; 0: not known."""
+    price: Price | None = None
 
     def spec(self) -> ModelSpec:
         """Return the specification that is sent to a neuron."""

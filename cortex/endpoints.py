@@ -5,11 +5,12 @@ import msgspec
 from cortex import __version__
 from cortex.access.authenticator import principal_of
 from cortex.build_identity import COMMIT
+from cortex.dialects.model_list import reply_model, reply_models
 from cortex.dialects.passthrough import envelope_for
 from cortex.errors import ReplyError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Dispatcher
-from cortex.fleet.offers import FullOfferList, OfferList, find, offers
+from cortex.fleet.offers import FullOfferList, find, offers
 from cortex.fleet.state import Fleet
 from cortex.http_io import Exchange, Header
 from cortex.supervise import Supervisor
@@ -32,8 +33,7 @@ class Endpoints:
         principal = principal_of(exchange.caller)
         await self._dispatcher.first_look()
         everything = offers(self.catalogue, self._fleet.state)
-        listed = OfferList(tuple(o.public() for o in everything if principal.may_use(o.alias_of or o.id)))
-        await exchange.reply(200, msgspec.json.encode(listed.as_anthropic() if _is_anthropic(exchange) else listed))
+        await reply_models(exchange, [o.public() for o in everything if principal.may_use(o.alias_of or o.id)])
 
     async def model(self, exchange: Exchange) -> None:
         """``GET /v1/models/{id}``; an id may contain slashes."""
@@ -43,8 +43,7 @@ class Endpoints:
         offer = find(self.catalogue, self._fleet.state, name)
         if offer is None or not principal.may_use(offer.alias_of or offer.id):
             raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
-        described = offer.as_anthropic() if _is_anthropic(exchange) else offer.public()
-        await exchange.reply(200, msgspec.json.encode(described))
+        await reply_model(exchange, offer.public())
 
     async def all_models(self, exchange: Exchange) -> None:
         """``GET /admin/models``: the offers, where each is, and how it is sampled."""
@@ -73,11 +72,6 @@ class Endpoints:
     def num_in_flight(self) -> int:
         """Number of requests of this process that have a node and have not ended."""
         return sum(self._fleet.in_flight.by_node.values())
-
-
-def _is_anthropic(exchange: Exchange) -> bool:
-    """Return whether the client of a path that two dialects share is Anthropic's."""
-    return exchange.header(b"anthropic-version") is not None
 
 
 async def reply_error(exchange: Exchange, error: ApiError, headers: tuple[Header, ...] = ()) -> None:

@@ -37,7 +37,6 @@ class ListedModel(msgspec.Struct, frozen=True):
     state: str = ""
     alias_of: str | None = None
     context_length: int | None = None
-    max_output_tokens: int | None = None
     capabilities: tuple[str, ...] = ()
 
     @property
@@ -133,7 +132,6 @@ def _target(options: argparse.Namespace) -> Target:
         model.id,
         small.id,
         context_tokens=model.context_length or 0,
-        max_output_tokens=model.max_output_tokens or 0,
         sees="vision" in model.capabilities,
         reasons="reasoning" in model.capabilities,
     )

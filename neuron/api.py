@@ -155,6 +155,8 @@ class Api:
         methods = self._routes.get(exchange.path)
         if methods is None and exchange.path.startswith("/models/") and exchange.path.endswith("/endpoint"):
             methods = {"GET": self._node.endpoint}
+        if methods is None and exchange.path.startswith("/v1/models/"):
+            methods = {"GET": self._node.listed_model}
         if methods is None:
             raise NotFoundError(f"Unknown path: {exchange.method} {exchange.path}.")
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)

@@ -1,6 +1,7 @@
 """Description of the API for ``/openapi.json``. A test compares it with the served paths."""
 
 from cortex.dialects import openapi
+from cortex.dialects.model_list import ListedModel
 from cortex.dialects.openapi import LIST, OBJECT, Operation, object_with
 from cortex.wire.node import (
     Discovery,
@@ -21,6 +22,7 @@ from neuron import __version__
 OPERATIONS = (
     *openapi.INFERENCE,
     Operation("GET", "/v1/models", "List the models.", object_with(data=LIST)),
+    Operation("GET", "/v1/models/{model}", "Describe a model.", ListedModel),
     Operation("GET", "/discovery", "Say what this host is.", Discovery),
     Operation("GET", "/health", "Say whether requests are taken.", Health),
     Operation("GET", "/version", "Say which version this is.", openapi.VERSION_ANSWER),

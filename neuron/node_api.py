@@ -6,8 +6,10 @@ import msgspec
 
 from cortex.build_identity import COMMIT
 from cortex.dialects import openai_fields, openapi
+from cortex.dialects.model_list import ListedModel, reply_model, reply_models, sizes_and_abilities
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 from cortex.http_io import Exchange, until_disconnect
+from cortex.wire.errors import ModelNotFoundError
 from cortex.wire.node import (
     DrainRequest,
     Endpoint,
@@ -15,6 +17,7 @@ from cortex.wire.node import (
     LoadRequest,
     ModelList,
     ModelSpec,
+    ModelStatus,
     PinRequest,
     UnloadRequest,
 )
@@ -45,7 +48,7 @@ class NodeApi:
             "/models/forget": {"POST": self._forget},
             "/models/pin": {"POST": self._pin},
             "/drain": {"POST": self._drain},
-            "/v1/models": {"GET": self._openai_models},
+            "/v1/models": {"GET": self._listed},
             openapi.PATH: {"GET": self._describe},
         }
 
@@ -108,12 +111,28 @@ class NodeApi:
             host = exchange.header(b"host") or self._service.listen.encode()
             await reply_json(exchange, Endpoint(name, f"http://{host.decode('latin-1')}/v1", DIALECTS))
 
-    async def _openai_models(self, exchange: Exchange) -> None:
-        data = [
-            {"id": status.id, "object": "model", "created": int(status.loaded_at), "owned_by": "neuron"}
-            for status in self._service.models.statuses()
-        ]
-        await reply_json(exchange, {"object": "list", "data": data})
+    async def _listed(self, exchange: Exchange) -> None:
+        await reply_models(exchange, [_listed(status) for status in self._service.models.statuses()])
+
+    async def listed_model(self, exchange: Exchange) -> None:
+        """Answer ``GET /v1/models/NAME``."""
+        name = exchange.path.removeprefix("/v1/models/")
+        found = next((status for status in self._service.models.statuses() if status.id == name), None)
+        if found is None:
+            raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
+        await reply_model(exchange, _listed(found))
+
+
+def _listed(status: ModelStatus) -> ListedModel:
+    return ListedModel(
+        id=status.id,
+        created=int(status.loaded_at),
+        owned_by="neuron",
+        name=status.id,
+        display_name=status.id,
+        state=status.state,
+        **sizes_and_abilities(status.context_tokens, status.capabilities),
+    )
 
 
 async def reply_json(exchange: Exchange, value: object) -> None:

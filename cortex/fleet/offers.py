@@ -5,13 +5,17 @@ clients that search by name (an alias that ends with ``*`` is none). Where nodes
 context are reported. The nodes of a model, and the reasons of failures, are for operators only.
 """
 
-import datetime
+from decimal import Decimal
 
 import msgspec
 
+from cortex.config import Price
+from cortex.dialects.model_list import ListedModel, Pricing, sizes_and_abilities
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.state import FleetState
-from cortex.wire.node import Capability, ModelState, ModelStatus, SamplingDefaults
+from cortex.wire.node import ModelState, ModelStatus, SamplingDefaults
+
+MILLION = Decimal(1_000_000)
 
 BEST_FIRST = (
     ModelState.READY,
@@ -32,28 +36,12 @@ class NodeOffer(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
 
 
-class Offer(msgspec.Struct, frozen=True, kw_only=True):
-    """An OpenAI ``Model`` object with extensions. A ``context_length`` of 0 is not known yet."""
+class Offer(ListedModel, frozen=True, kw_only=True):
+    """A model as clients see it, with its aliases."""
 
-    id: str
-    object: str = "model"
-    created: int
     owned_by: str = "cortex"
-    display_name: str
-    state: ModelState
-    context_length: int = 0
-    capabilities: tuple[Capability, ...] = ()
     aliases: tuple[str, ...] = ()
     alias_of: str | None = None
-
-    def as_anthropic(self) -> "ModelInfo":
-        """Return the offer for Anthropic's clients."""
-        return ModelInfo(
-            id=self.id,
-            display_name=self.display_name,
-            created_at=datetime.datetime.fromtimestamp(self.created, datetime.UTC),
-            max_input_tokens=self.context_length or None,
-        )
 
 
 class FullOffer(Offer, frozen=True, kw_only=True):
@@ -73,38 +61,6 @@ class FullOfferList(msgspec.Struct, frozen=True):
 
     data: tuple[FullOffer, ...]
     object: str = "list"
-
-
-class OfferList(msgspec.Struct, frozen=True):
-    """``GET /v1/models``."""
-
-    data: tuple[Offer, ...]
-    object: str = "list"
-
-    def as_anthropic(self) -> "ModelInfoList":
-        """Return the list for Anthropic's clients, all of it on one page."""
-        data = tuple(offer.as_anthropic() for offer in self.data)
-        return ModelInfoList(data, data[0].id if data else None, data[-1].id if data else None)
-
-
-class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """An Anthropic ``ModelInfo``, without its ``capabilities``, whose meaning differs from an :class:`Offer`'s."""
-
-    type: str = "model"
-    id: str
-    display_name: str
-    created_at: datetime.datetime
-    lifecycle: str = "active"
-    max_input_tokens: int | None = None
-
-
-class ModelInfoList(msgspec.Struct, frozen=True):
-    """``GET /v1/models`` for a client that sends a version of Anthropic's API."""
-
-    data: tuple[ModelInfo, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool = False
 
 
 def offers(catalogue: Catalogue, state: FleetState) -> tuple[FullOffer, ...]:
@@ -135,17 +91,18 @@ def _offer(catalogue: Catalogue, state: FleetState, model: str) -> FullOffer:
     found = [(node.name, node.models[model]) for node in state.listing.get(model, ())]
     statuses = [status for _, status in found]
     ready = [status for status in statuses if status.state is ModelState.READY]
-    context_length = max((status.context_tokens for status in ready or statuses), default=0)
-    context_length = context_length or (profile.context_tokens if profile else 0)
+    context_tokens = max((status.context_tokens for status in ready or statuses), default=0)
+    context_tokens = context_tokens or (profile.context_tokens if profile else 0)
     return FullOffer(
         id=model,
         created=catalogue.created,
+        name=model,
         display_name=model,
         state=min((status.state for status in statuses), key=BEST_FIRST.index, default=ModelState.AVAILABLE),
         nodes=tuple(_on_node(name, status) for name, status in found),
         sampling=profile.sampling if profile else SamplingDefaults(),
-        context_length=context_length,
-        capabilities=tuple(sorted({capability for status in statuses for capability in status.capabilities})),
+        pricing=_pricing(profile.price) if profile and profile.price else None,
+        **sizes_and_abilities(context_tokens, {can for status in statuses for can in status.capabilities}),
         aliases=tuple(sorted(alias for alias, target in catalogue.aliases.items() if target == model)),
     )
 
@@ -154,5 +111,17 @@ def _on_node(name: str, status: ModelStatus) -> NodeOffer:
     return NodeOffer(name, status.state, status.progress, status.error)
 
 
+def _pricing(price: Price) -> Pricing:
+    cached = price.input if price.cached_input is None else price.cached_input
+    return Pricing(
+        _of_token(price.input), _of_token(price.output), _of_token(cached) if cached != price.input else None
+    )
+
+
+def _of_token(price: float) -> str:
+    """Return the price of a token, given that of a million, without an exponent."""
+    return format((Decimal(str(price)) / MILLION).normalize(), "f")
+
+
 def _alias(alias: str, offer: FullOffer) -> FullOffer:
-    return msgspec.structs.replace(offer, id=alias, display_name=alias, aliases=(), alias_of=offer.id)
+    return msgspec.structs.replace(offer, id=alias, name=alias, display_name=alias, aliases=(), alias_of=offer.id)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex import event_stream
-from cortex.config import ModelProfile, Polling, Timeouts
-from cortex.wire.node import ModelSpec, ModelState, ModelStatus, SamplingDefaults
+from cortex.config import ModelProfile, Polling, Price, Timeouts
+from cortex.wire.node import Capability, ModelSpec, ModelState, ModelStatus, SamplingDefaults
 
 PROFILE = ModelProfile(id="m", source="/weights")
 GIB = 1024**3
@@ -526,6 +526,38 @@ async def test_models_are_the_catalogue_and_what_nodes_have() -> None:
         one = (await gateway.call("GET", "/v1/models/gpt-4o").end()).json()
         assert one == by_id["gpt-4o"]
         assert (await gateway.call("GET", "/v1/models/none").end()).status == 404
+
+
+LENGTHS = ("context_length", "max_model_len", "max_input_tokens", "max_output_tokens")
+
+
+async def test_models_have_the_fields_that_clients_look_for() -> None:
+    neuron = FakeNode().ready("m", context_tokens=8192).ready("sees", "embeds")
+    for name, capabilities in (("sees", (Capability.CHAT, Capability.VISION)), ("embeds", (Capability.EMBEDDINGS,))):
+        neuron.models[name] = msgspec.structs.replace(neuron.models[name], capabilities=capabilities)
+    profiles = (
+        ModelProfile(id="m", source="/w", price=Price(0.05, 1.2, 0.0)),
+        ModelProfile(id="cold", source="/w", price=Price(3, 15)),
+    )
+    async with rig(neuron, models=profiles, aliases={"claude-local": "m"}) as gateway:
+        models = {model["id"]: model for model in (await gateway.call("GET", "/v1/models").end()).json()["data"]}
+        theirs = await gateway.call("GET", "/v1/models/claude-local", headers={"anthropic-version": "2026-10-21"}).end()
+    for name in ("m", "claude-local"):
+        assert [models[name][field] for field in LENGTHS] == [8192] * 4
+        assert models[name]["name"] == models[name]["display_name"] == name
+        assert models[name]["modalities"] == {"input": ["text"], "output": ["text"]}
+        prices = {"prompt": "0.00000005", "completion": "0.0000012", "input_cache_read": "0"}
+        assert models[name]["pricing"] == prices
+    assert models["sees"]["modalities"]["input"] == ["text", "image"]
+    assert models["sees"]["architecture"] == {"input_modalities": ["text", "image"], "output_modalities": ["text"]}
+    assert models["embeds"]["modalities"] == {"input": ["text"], "output": ["embeddings"]}
+    assert models["sees"]["pricing"] is None
+    assert models["cold"]["pricing"] == {"prompt": "0.000003", "completion": "0.000015"}
+    for field in (*LENGTHS, "modalities", "architecture"):
+        assert models["cold"][field] is None, "not known before a load"
+    described = theirs.json()
+    assert (described["type"], described["id"], described["display_name"]) == ("model", "claude-local", "claude-local")
+    assert (described["max_input_tokens"], described["max_tokens"]) == (8192, 8192)
 
 
 async def test_clients_see_neither_nodes_nor_paths() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 import h2.config
 import h2.connection
@@ -91,6 +92,9 @@ async def is_listed(server: Server, model: str, *, http2: bool = False) -> None:
             await asyncio.sleep(0.02)
 
 
+QUALIFIED = "hf:org/Name-1.5@main+x:Q4_K_M"
+
+
 def config(folder: pathlib.Path, neuron: FakeNode) -> str:
     return str(write_config(folder, neuron, gateway='metrics_listen = ""\n'))
 
@@ -100,7 +104,7 @@ def config(folder: pathlib.Path, neuron: FakeNode) -> str:
 async def test_every_interface_answers_over_every_version(
     tmp_path: pathlib.Path, interface: str | None, version: str
 ) -> None:
-    neuron = FakeNode().ready("m")
+    neuron = FakeNode().ready("m", QUALIFIED)
     options = [] if interface is None else ["--interface", interface]
     options += [] if version == "auto" else ["--http", version]
     async with neuron.serving(), granian(tmp_path, *options, CORTEX_CONFIG=config(tmp_path, neuron)) as server:
@@ -113,6 +117,10 @@ async def test_every_interface_answers_over_every_version(
                 streamed = await client.post(server.url + "/v1/chat/completions", json={**CHAT, "stream": True})
                 assert streamed.content.endswith(CHAT_STREAM[-1])
                 assert (await client.get(server.url + "/v1/nothing")).status_code == 404
+                for name in (QUALIFIED, quote(QUALIFIED), quote(QUALIFIED, safe=""), QUALIFIED.replace("@", "%40")):
+                    assert (await client.get(f"{server.url}/v1/models/{name}?a=%2F")).json()["id"] == QUALIFIED
+                twice = quote(quote(QUALIFIED, safe=""), safe="")
+                assert (await client.get(f"{server.url}/v1/models/{twice}")).status_code == 404
                 assert (await client.head(server.url + "/")).status_code == 200
         if version != "2":
             async with websockets.connect(f"ws://127.0.0.1:{server.port}/v1/responses", compression=None) as line:

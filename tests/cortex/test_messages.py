@@ -53,7 +53,7 @@ async def test_names_that_nothing_else_answers_to_go_by_the_longest_prefix() -> 
     assert [model["id"] for model in theirs.json()["data"]] == [model["id"] for model in listed]
     assert theirs.json()["last_id"] == "claude-opus"
     assert set(theirs.json()["data"][0]) == {
-        "type", "id", "display_name", "created_at", "lifecycle", "max_input_tokens"
+        "type", "id", "display_name", "created_at", "lifecycle", "max_input_tokens", "max_tokens"
     }  # fmt: skip
 
 

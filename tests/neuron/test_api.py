@@ -353,7 +353,16 @@ def test_health_version_models_endpoint() -> None:
     assert get("/health").json()["state"] == "starting"
     assert get("/version").json()["name"] == "neuron"
     assert [m["id"] for m in get("/models").json()["models"]] == ["m"]
-    assert [m["id"] for m in get("/v1/models").json()["data"]] == ["m"]
+    (listed,) = get("/v1/models").json()["data"]
+    assert (listed["id"], listed["owned_by"], listed["state"], listed["max_model_len"]) == (
+        "m",
+        "neuron",
+        "ready",
+        1 << 20,
+    )
+    assert listed["modalities"] == {"input": ["text", "image"], "output": ["text"]}
+    assert get("/v1/models/m").json() == listed
+    assert get("/v1/models/a/b:c").json()["error"]["code"] == "model_not_found"
     endpoint = get("/models/m/endpoint").json()
     assert endpoint["base_url"].endswith("/v1")
     assert get("/models/x/endpoint").status == 404

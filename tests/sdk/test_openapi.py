@@ -59,7 +59,8 @@ def test_it_lists_what_the_gateway_serves() -> None:
 
 def test_it_lists_what_a_neuron_serves() -> None:
     documented = described(neuron_description)
-    assert documented.pop("/models/{model}/endpoint") == {"GET"}
+    for path in ("/models/{model}/endpoint", "/v1/models/{model}"):
+        assert documented.pop(path) == {"GET"}
     routes: Any = Api(None)._routes  # type: ignore[arg-type]
     assert documented == {path: set(methods) for path, methods in routes.items()}
 
