@@ -53,7 +53,8 @@ def test_it_lists_what_the_gateway_serves() -> None:
             return found | {pattern.pattern: set(methods) for pattern, methods in inner._patterns}
 
     documented = {re.sub(r"\{\w+\}", "[^/]+", path): methods for path, methods in described(cortex_description).items()}
-    documented["/v1/models/.+"] = documented.pop("/v1/models/[^/]+")  # a model's name may have slashes
+    for models in ("/v1/models", "/admin/models"):
+        documented[f"{models}/.+"] = documented.pop(f"{models}/[^/]+")  # a model's name may have slashes
     assert documented == asyncio.run(served())
 
 
