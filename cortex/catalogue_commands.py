@@ -124,7 +124,7 @@ def _search(options: argparse.Namespace) -> int:
 
 
 def _billions(parameters: int) -> str:
-    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
+    return f"{parameters / 1e9:.1f} B" if parameters >= 999.5e6 else f"{parameters / 1e6:.0f} M"
 
 
 def _print(options: argparse.Namespace, value: Mapping[str, Any] | list[Any], show: Callable[[], None]) -> int:

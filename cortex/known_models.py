@@ -14,9 +14,7 @@ import msgspec
 from cortex.config import ModelProfile
 from cortex.wire.node import Capability, SamplingDefaults, SourceText
 
-USUAL_QUANT: Final = "Q4_K_M"
-"""Quantisation by which sizes are told where none is named."""
-BITS: Final = {"Q4_K_M": 4.9, "Q8_0": 8.5, "BF16": 16.0}
+BITS: Final = {"Q4_1": 5.0, "Q4_K_M": 4.9, "Q8_0": 8.5, "BF16": 16.0}
 """Bits per weight of quantisations, over all weights of a file."""
 USUAL_TOKENS: Final = 8192
 """Context by which memory is told where none is named."""
@@ -39,16 +37,16 @@ class KnownModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Bytes of keys and values of a token in bfloat16, in layers without a window."""
     state_bytes: int = 0
     """Bytes of a sequence beside them: the window of layers that have one, and recurrent state."""
-    quants: tuple[str, ...] = ()
-    """Quantisations of the source that are told in lists; the source may have more."""
+    quants: tuple[str, ...]
+    """Quantisations of the source by which sizes are told, the usual one first; the source may have more."""
     capabilities: tuple[Capability, ...] = (Capability.CHAT,)
     sampling: SamplingDefaults = SamplingDefaults()
     """Sampling that the publishers recommend."""
 
     @property
     def usual_quant(self) -> str:
-        """Return the quantisation by which its size is told."""
-        return self.quants[0] if self.quants else USUAL_QUANT
+        """Return the quantisation by which its size is told where none is named."""
+        return self.quants[0]
 
     def weights_bytes(self, quant: str = "") -> int:
         """Return about what the weights take in a quantisation, without one in the usual."""

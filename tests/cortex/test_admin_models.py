@@ -51,7 +51,7 @@ def test_a_source_or_a_known_name_makes_a_profile(name: str, model: str, source:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("smollm2-136m", r"did you mean smollm2-135m\?"),
+        ("smollm2-136m", "did you mean smollm2-135m"),
         ("Qwen/Qwen3-4B", r"write hf:Qwen/Qwen3-4B"),
         ("nonsense", "`cortex search`"),
     ],

@@ -93,10 +93,12 @@ def test_models_go_where_they_fit_and_evict_what_is_idle(folder: pathlib.Path, c
     assert (found["model"], found["content"], found["finish_reason"]) == ("seven", "seven:0 ", "stop")
     assert found["usage"]["completion_tokens"] == 1
 
-    status, out, _ = cortex("ps")
-    assert status == 0
-    loaded = {line.split()[0]: line.split()[1:3] for line in out.splitlines() if "ready" in line}
-    assert loaded == {"seven": ["b", "ready"], "three": ["a", "ready"]}
+    def loaded() -> dict[str, str]:
+        status, out, _ = cortex("ps")
+        assert status == 0
+        return {line.split()[0]: line.split()[1] for line in out.splitlines() if "ready" in line}
+
+    daemons.until(lambda: loaded() == {"seven": "b", "three": "a"}, 20, "the gateway has heard of the eviction")
     assert cortex("run", "five", "tokens=1")[:2] == (0, "five:0 \n"), "by its name, evicting again"
 
 
@@ -143,7 +145,7 @@ def test_a_pulled_model_is_downloaded_and_not_loaded(folder: pathlib.Path, corte
     ("words", "message"),
     [
         (["{}/huge"], r"/huge fits no node\. a: huge \(21\.5 GB\), .*; b: .*`cortex search`\)\.$"),
-        (["gemma-3-271m"], r"There is no model 'gemma-3-271m': did you mean gemma-3-270m\?"),
+        (["gemma-3-271m"], r"There is no model 'gemma-3-271m': did you mean gemma-3-270m, "),
         (["Qwen/Qwen3-4B"], r"for a repository of Hugging Face write hf:Qwen/Qwen3-4B\.$"),
         (["hf:nonsense"], r"'hf:nonsense' is neither hf:OWNER/NAME"),
         (["{}/huge", "--node", "c"], r"There is no node 'c'; there is: a, b\.$"),
@@ -155,7 +157,8 @@ def test_what_a_newcomer_gets_wrong_is_one_line(
     model(folder, "huge", 20)
     status, out, err = cortex("run", *(word.format(folder) for word in words), "hello")
     assert (status, out) == (1, "")
-    assert re.fullmatch(rf"cortex: {message}\n", err) or re.search(message, err.strip())
+    assert err.startswith("cortex: ")
+    assert re.search(message, err.strip())
     assert err.count("\n") == 1
 
 
