@@ -22,6 +22,7 @@ from neuron.device.jobs import GroupSettings, LoadedModel
 from neuron.device.worker import Worker
 from neuron.errors import InvalidSourceError, NoDeviceError
 from neuron.harness import Model, Progress, Requirement
+from neuron.layers.cache import forgets
 from neuron.layers.shard import Shard
 from neuron.load.fit import fit
 from neuron.load.hub import HubSource, hub_of
@@ -120,7 +121,13 @@ class TorchHarness:
         """Load the weights at ``path`` on the devices the spec names, or on those with the most free memory."""
         config, draft = await _read_configs(spec, path)
         # The text side comes first: if it fails, no device has anything to undo.
-        text = await self._texts.open(str(path), config.vocab_size, config.eos_ids, spec.special_tokens_in_text)
+        text = await self._texts.open(
+            str(path),
+            config.vocab_size,
+            config.eos_ids,
+            spec.special_tokens_in_text,
+            finds_breakpoints=spec.prefix_cache and forgets(config.caches()),
+        )
         try:
             if draft is not None:
                 await self._check_draft(spec, draft, text)

@@ -239,6 +239,7 @@ class TorchModel:
                     min_tokens=ending.min_tokens,
                     cache_salt=self._prefix_sharing.salt(request.principal, request.cache_salt),
                     scores_prompt=request.echo and request.top_logprobs is not None,
+                    breakpoints=prompt.breakpoints,
                 ),
             )
 

@@ -195,6 +195,7 @@ class EngineHarness:
         constraint: jobs.ConstraintSettings | None = None,
         min_tokens: int = 0,
         cache_salt: str = "",
+        breakpoints: tuple[int, ...] = (),
         **sampler: object,
     ) -> None:
         settings = jobs.SamplerSettings(**{"temperature": 0.0, **sampler})  # type: ignore[arg-type]
@@ -211,6 +212,7 @@ class EngineHarness:
                 constraint=constraint,
                 min_tokens=min_tokens,
                 cache_salt=cache_salt,
+                breakpoints=breakpoints,
             )
         )
 

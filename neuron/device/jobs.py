@@ -121,6 +121,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """Salt of the prefix cache: sequences share pages only with an equal salt."""
     scores_prompt: bool = False
     """Whether to return the log probabilities of the prompt's tokens; the prompt is then not read from the cache."""
+    breakpoints: tuple[int, ...] = ()
+    """Numbers of tokens, ascending, behind which prompts that come later are expected to part from this one; none: its
+    end."""
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):

@@ -7,8 +7,9 @@ is admitted, and never run out. Pages are given back when tokens are settled, no
 be unsound, and a page that was not published must be.
 
 A prefix can be reused up to a token if table 0 has all pages before it, each windowed table those that the token sees,
-and where layers keep a state, :mod:`neuron.engine.states` has a checkpoint. No torch and no decisions about sequences:
-the scheduler asks.
+and where layers keep a state, :mod:`neuron.engine.states` has a checkpoint. So pages behind a window are worth keeping
+only where a breakpoint of the prompt sees them, and pages behind the last checkpoint not at all: they are evicted
+first. No torch and no decisions about sequences: the scheduler asks.
 """
 
 from collections.abc import Collection
@@ -51,8 +52,9 @@ class WindowPages:
         """Return whether a sequence of ``num_pages`` in all can be admitted, whatever prefix ``keys`` it shares."""
         return min(num_pages, self._most) <= self._num_unreserved
 
-    def admit(self, slot: int, keys: list[bytes], num_pages: int) -> None:
+    def admit(self, sequence: Sequence, keys: list[bytes], num_pages: int) -> None:
         """Set a new sequence's pages aside, and share what its first token sees of the prefix ``keys``."""
+        slot = sequence.slot
         self._reserved[slot] = min(num_pages, self._most)
         self._num_unreserved -= self._reserved[slot]
         self._starts[slot] = start = self._first_page(len(keys) * self._page_tokens)
@@ -72,20 +74,28 @@ class WindowPages:
         """Return the pages of a sequence from page ``first`` on."""
         return self._table[slot, max(first, self._starts[slot]) : self._ends[slot]]
 
-    def publish(self, slot: int, index: int, key: bytes) -> None:
-        """Let a sequence's page be found under ``key``."""
-        self.pool.publish(int(self._table[slot, index]), key)
+    def publish(self, sequence: Sequence, index: int) -> None:
+        """Let a sequence's page be found under its key."""
+        self.pool.publish(int(self._table[sequence.slot, index]), sequence.keys[index])
 
-    def give_back(self, slot: int, num_tokens: int) -> None:
-        """Release the pages of a sequence that no token behind ``num_tokens`` sees."""
-        start, first = self._starts[slot], self._first_page(num_tokens)
+    def give_back(self, sequence: Sequence) -> None:
+        """Release the pages of a sequence that no token behind its settled ones sees."""
+        slot = sequence.slot
+        start, first = self._starts[slot], self._first_page(sequence.num_settled)
         if first > start:
-            self.pool.release(self._table[slot, start:first])
+            pages = self._table[slot, start:first].copy()
             self._table[slot, start:first] = 0
             self._starts[slot] = first
+            self.pool.release(pages)
+            # Who resumes at a breakpoint sees these again, and all others only who parts elsewhere.
+            seen = np.zeros(first - start, np.bool_)
+            for end in (at // self._page_tokens for at in sequence.breakpoints):
+                seen[max(0, self._first_page(end * self._page_tokens) - start) : max(0, end - start)] = True
+            self.pool.demote(pages[~seen])
 
-    def remove(self, slot: int) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """Release all that a sequence has."""
+        slot = sequence.slot
         self.pool.release(self.held(slot))
         self._num_unreserved += self._reserved[slot]
         self._reserved[slot] = self._starts[slot] = self._ends[slot] = 0
@@ -130,7 +140,7 @@ class Cache:
             WindowPages(table, sizes, page_tokens, step_tokens)
             for table, sizes in zip(self.page_tables[1:], windows, strict=True)
         )
-        self.states = None if states is None else States(states, num_slots, page_tokens)
+        self.states = None if states is None else States(states, num_slots, page_tokens, self.pool)
         self._parts: tuple[WindowPages | States, ...] = (*self.windows, *([] if self.states is None else [self.states]))
 
     def num_pages(self, num_tokens: int) -> int:
@@ -147,14 +157,14 @@ class Cache:
                 count = part.reusable(keys, count)
         return pages[:count]
 
-    def resumable(self, num_pages: int, num_fill: int, num_keys: int) -> Collection[int]:
-        """Return the numbers of pages behind ``num_pages`` up to which a prompt will be reusable once it is computed.
+    def resumable(self, sequence: Sequence, num_keys: int) -> Collection[int]:
+        """Return the numbers of pages up to which an admitted prompt will be reusable once it is computed.
 
-        It has ``num_fill`` tokens, of which the first ``num_keys`` pages may be shared.
+        Its first ``num_keys`` pages may be shared.
         """
         if self.states is None:
-            return range(num_pages + 1, num_keys + 1)
-        return self.states.planned(num_pages, num_fill, num_keys)
+            return range(sequence.num_published + 1, num_keys + 1)
+        return self.states.due(sequence)
 
     def admit(self, sequence: Sequence, slot: int, keys: list[bytes], margin: int) -> bool:
         """Give ``sequence`` the pages of its tokens, sharing those of ``keys``, if ``margin`` pages stay free then.
@@ -165,8 +175,7 @@ class Cache:
         num_pages, most = self.num_pages(sequence.num_tokens), self.num_pages(sequence.num_cache_tokens)
         if num_pages - len(shared) + margin > self.pool.num_free - self.pool.count_idle(shared):
             return False
-        keys = keys[: len(shared)]
-        if not all(part.can_admit(keys, most) for part in self._parts):
+        if not all(part.can_admit(keys[: len(shared)], most) for part in self._parts):
             return False
         self.pool.share(shared)
         sequence.pages = np.concatenate((shared, self.pool.allocate(num_pages - len(shared))))
@@ -174,14 +183,19 @@ class Cache:
         self.page_tables[0, slot, :num_pages] = sequence.pages
         sequence.num_published = len(shared)
         for part in self._parts:
-            part.admit(slot, keys, most)
+            part.admit(sequence, keys[: len(shared)], most)
+        if self.states is not None:
+            self.states.plan(sequence, len(keys))
         return True
 
     def remove(self, sequence: Sequence) -> None:
         """Release all that a running sequence has."""
         self.pool.release(sequence.pages)
+        if self.states is not None:
+            useful = self.states.useful(sequence.keys, sequence.num_published)
+            self.pool.demote(sequence.pages[useful : sequence.num_published])
         for part in self._parts:
-            part.remove(sequence.slot)
+            part.remove(sequence)
         self.page_tables[:, sequence.slot] = 0
         sequence.pages, sequence.slot, sequence.num_published = NO_PAGES, -1, 0
 
@@ -210,15 +224,14 @@ class Cache:
 
     def publish(self, sequence: Sequence, index: int) -> None:
         """Let page ``index`` of a sequence, which is settled, be found under its key."""
-        key = sequence.keys[index]
-        self.pool.publish(int(sequence.pages[index]), key)
+        self.pool.publish(int(sequence.pages[index]), sequence.keys[index])
         for part in self._parts:
-            part.publish(sequence.slot, index, key)
+            part.publish(sequence, index)
 
     def give_back(self, sequence: Sequence) -> None:
         """Release what no token behind the settled ones of a sequence sees."""
         for window in self.windows:
-            window.give_back(sequence.slot, sequence.num_settled)
+            window.give_back(sequence)
 
     def unsettled(self, sequence: Sequence) -> tuple[Int32Array, ...]:
         """Return the pages of a sequence in each table that hold other than settled tokens.

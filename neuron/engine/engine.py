@@ -419,9 +419,20 @@ def _sequence(job: Generate | Embed, model: ModelEngine) -> Sequence:
     if job.max_tokens < 1:
         raise InvalidRequestError(f"max_tokens is {job.max_tokens}; it must be at least 1", param="max_tokens")
     check_settings(job.sampler, vocab_size)
-    max_tokens = min(job.max_tokens, context_tokens - len(prompt))
+    if any(not 0 < at <= len(prompt) for at in job.breakpoints) or list(job.breakpoints) != sorted(job.breakpoints):
+        raise InvalidRequestError(
+            f"the breakpoints {job.breakpoints} do not ascend within a prompt of {len(prompt)} tokens", param="prompt"
+        )
     sequence = Sequence(
-        job.sequence, prompt, max_tokens, frozenset(job.eos), job.sampler, job.principal, job.priority, root=root
+        job.sequence,
+        prompt,
+        min(job.max_tokens, context_tokens - len(prompt)),
+        frozenset(job.eos),
+        job.sampler,
+        job.principal,
+        job.priority,
+        root=root,
+        breakpoints=job.breakpoints,
     )
     if job.scores_prompt:
         if job.sampler.top_logprobs < 0:

@@ -2,12 +2,13 @@
 
 Pages are reference-counted, because sequences with a common prefix share them. A full page may be *published* under a
 key that stands for its tokens and all before them (:mod:`neuron.engine.prefix`); without references it is kept until
-its memory is needed, least recently used first. No tensors here. Page 0 is never allocated: it pads page tables and
-stays zero, so that padding never belongs to a sequence. State slots (:mod:`neuron.engine.states`) are such pages too.
+its memory is needed: those demoted first, then the least recently used. No tensors here. Page 0 is never allocated: it
+pads page tables and stays zero, so that padding never belongs to a sequence. State slots (:mod:`neuron.engine.states`)
+are such pages too.
 """
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -25,13 +26,20 @@ class PagePool:
         self._references: Int32Array = np.zeros(num_pages + 1, np.int32)
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        # Published pages without references, least recently used first.
+        # Published pages without references, in the order of their eviction.
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self.on_evict: Callable[[bytes], None] = lambda key: None
+        """Function called with the key of each page that is evicted for its memory."""
 
     @property
     def num_free(self) -> int:
         """Return how many pages :meth:`allocate` can return: the blank and the idle ones."""
         return self._num_blank + len(self._idle)
+
+    @property
+    def num_blank(self) -> int:
+        """Return how many pages are neither held nor published."""
+        return self._num_blank
 
     @property
     def num_idle(self) -> int:
@@ -48,7 +56,9 @@ class PagePool:
         pages[:blank] = self._blank[self._num_blank : self._num_blank + blank][::-1]
         for index in range(blank, count):
             page, _ = self._idle.popitem(last=False)
-            del self._page_of[self._key_of.pop(page)]
+            key = self._key_of.pop(page)
+            del self._page_of[key]
+            self.on_evict(key)
             pages[index] = page
         self._references[pages] = 1
         return pages
@@ -85,6 +95,22 @@ class PagePool:
             self._free(earlier)
         self._page_of[key] = page
         self._key_of[page] = key
+
+    def demote(self, pages: Int32Array) -> None:
+        """Have the idle ones of ``pages``, which are in a sequence's order, evicted before all others."""
+        for page in pages.tolist():
+            if page in self._idle:
+                self._idle.move_to_end(page, last=False)
+
+    def idle_keys(self) -> list[bytes]:
+        """Return the keys of the idle pages."""
+        return [self._key_of[page] for page in self._idle]
+
+    def withdraw(self, key: bytes) -> None:
+        """Make the idle page of ``key`` blank."""
+        page = self._page_of.pop(key)
+        del self._idle[page], self._key_of[page]
+        self._free(page)
 
     def _free(self, page: int) -> None:
         """Make a page blank."""

@@ -197,7 +197,7 @@ class Scheduler:
         sequence.num_fill = sequence.num_tokens
         if sequence.status is SequenceStatus.WAITING:
             sequence.num_cached = sequence.num_computed
-        for count in self.cache.resumable(num_shared, sequence.num_fill, len(keys)):
+        for count in self.cache.resumable(sequence, len(keys)):
             self._promised.setdefault(keys[count - 1], sequence.number)
         sequence.status = SequenceStatus.RUNNING
         self.running[sequence.number] = sequence

@@ -49,6 +49,7 @@ class Sequence:
 
     __slots__ = (
         "acceptance_rate",
+        "breakpoints",
         "constraint",
         "drafts",
         "eos",
@@ -91,6 +92,7 @@ class Sequence:
         pooling: Pooling | None = None,
         constraint: Constrained | None = None,
         root: bytes = b"",
+        breakpoints: tuple[int, ...] = (),
     ) -> None:
         self.number = number
         self.num_prompt = self.num_tokens = self.num_fill = len(prompt)
@@ -126,6 +128,8 @@ class Sequence:
         self.pages: Int32Array = NO_PAGES
         self.root = root
         """Parent of its first key: sequences with different roots share no pages."""
+        self.breakpoints = breakpoints or (len(prompt),)
+        """Numbers of tokens, ascending, behind which later prompts are expected to part from its own."""
         self.keys: list[bytes] = []
         """Keys of its first full pages, computed as needed."""
         self.num_published = 0

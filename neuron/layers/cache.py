@@ -136,6 +136,11 @@ def chunk_pages(step_tokens: int, page_tokens: int) -> int:
     return UNSETTLED_STEPS * step_tokens // page_tokens
 
 
+def forgets(caches: Sequence[Cache | None]) -> bool:
+    """Return whether a layer keeps less than all tokens, so that a sequence cannot be resumed from any of them."""
+    return any(isinstance(cache, SequenceState) or cache.window_tokens for cache in caches if cache is not None)
+
+
 def windows_of(caches: Sequence[Cache | None]) -> tuple[int, ...]:
     """Return the different windows of layers, in tokens, shortest first."""
     return tuple(sorted({cache.window_tokens for cache in caches if cache is not None and cache.window_tokens}))

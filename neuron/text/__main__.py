@@ -105,14 +105,21 @@ class TextServer:
                     job.eos,
                     job.special_tokens_in_text,
                     lambda step: self._announce(job, step),
+                    finds_breakpoints=job.finds_breakpoints,
                 )
                 self._models[job.model] = text
                 return Opened(job.job, text.description)
             case Build():
                 text = self._model(job.model)
                 prompt = text.build(job.request, job.context_tokens)
-                ids, banned = as_bytes(prompt.ids), text.banned(job.request)
-                return Built(job.job, ids, prompt.starts_in_reasoning, prompt.ends_reasoning, banned)
+                return Built(
+                    job.job,
+                    as_bytes(prompt.ids),
+                    prompt.starts_in_reasoning,
+                    prompt.ends_reasoning,
+                    text.banned(job.request),
+                    prompt.breakpoints,
+                )
             case Count():
                 return Counted(job.job, self._model(job.model).count(job.request, job.context_tokens))
             case Tokenise():

@@ -96,6 +96,26 @@ class ControlTokens:
             done = end
         return ids + self._whole(prompt[done:]) if done < len(prompt) else ids
 
+    def count_before(self, prompt: str, mark: str, ids: list[int], end: int) -> int:
+        """Return how many of the ``ids`` of a rendered prompt are sure to be of its first ``end`` characters.
+
+        They are counted from the last control token on; the last one before ``end`` does not count, nor the beginning
+        of a control token there, as they may be others where other text follows.
+        """
+        begin = count = 0
+        spelled = list(self._pattern.finditer(prompt, 0, end))
+        control = [index for index, token in enumerate(ids) if token in self._ids]
+        if 0 < len(spelled) <= len(control):
+            last, index = spelled[-1], control[len(spelled) - 1]
+            if ids[index] == self._tokens[last[0]][0]:
+                begin, count = last.end(), index + 1
+        rest = prompt[begin:end].replace(mark, "")
+        for size in range(min(self._longest - 1, len(rest)), 0, -1):
+            if rest[-size:] in self._beginnings:
+                rest = rest[:-size]
+                break
+        return count + max(0, len(self._whole(rest)) - 1)
+
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text that no template has touched."""
         marking = self.marking([text])

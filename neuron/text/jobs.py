@@ -44,6 +44,8 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     """The width of the model's logits."""
     eos: tuple[int, ...]
     special_tokens_in_text: SpecialTokensInText = SpecialTokensInText.TEXT
+    finds_breakpoints: bool = False
+    """Whether prompts come with their cache breakpoints."""
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):
@@ -153,6 +155,7 @@ class Built(msgspec.Struct, frozen=True, tag="built"):
     ends_reasoning: bool
     banned: tuple[int, ...] = ()
     """The tokens of the words that the answer may not have."""
+    breakpoints: tuple[int, ...] = ()
 
 
 class Counted(msgspec.Struct, frozen=True, tag="counted"):

@@ -65,6 +65,8 @@ class ModelText:
         eos: tuple[int, ...],
         special: SpecialTokensInText = SpecialTokensInText.TEXT,
         announce: Announce = lambda step: None,
+        *,
+        finds_breakpoints: bool = False,
     ) -> None:
         self._announce = announce
         self._num_tokens = num_tokens
@@ -79,7 +81,7 @@ class ModelText:
         if len(self._files.chat_template or "") > MAX_TEMPLATE_CHARS:
             raise TemplateError(f"The chat template is longer than {MAX_TEMPLATE_CHARS} characters.")
         self._prompts = _guarded(
-            lambda: PromptFormat(self._files, special),
+            lambda: PromptFormat(self._files, special, finds_breakpoints=finds_breakpoints),
             lambda reason: TemplateError(f"The chat template fails: {reason}."),
         )
         self._try_template()

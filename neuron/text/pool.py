@@ -101,10 +101,12 @@ class TextPool:
         num_tokens: int,
         eos: tuple[int, ...],
         special: SpecialTokensInText = SpecialTokensInText.TEXT,
+        *,
+        finds_breakpoints: bool = False,
     ) -> "TextModel":
         """Read the text side of the model at ``path``. Raises :class:`ApiError`, 422 for files that cannot be used."""
         number, model = next(self._numbers), next(self._models)
-        opening = jobs.Open(number, OPEN_LIMITS, model, path, num_tokens, eos, special)
+        opening = jobs.Open(number, OPEN_LIMITS, model, path, num_tokens, eos, special, finds_breakpoints)
         self._open.add(model)
         try:
             opened = await self.run(QueueName.FILES, opening, opening)

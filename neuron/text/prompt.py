@@ -22,6 +22,7 @@ from cortex.wire.node import SpecialTokensInText
 from cortex.wire.request import InferenceRequest, Message, Role, TextPart, Tool, ToolCall, ToolMode
 from neuron.errors import NoTemplateError, TemplateError
 from neuron.text import pieces
+from neuron.text.breakpoints import common_prefix, following
 from neuron.text.chat_template import ChatTemplate
 from neuron.text.client_text import ControlTokens, Marking, texts_in
 from neuron.text.forms.registry import MARKERS, form_of
@@ -55,17 +56,38 @@ class Prompt:
     starts_in_reasoning: bool = False
     ends_reasoning: bool = False
     """Whether the template closed the reasoning itself, as it does where thinking is turned off."""
+    breakpoints: tuple[int, ...] = ()
+    """Numbers of tokens, ascending, behind which prompts that may come next part from this one, where it is known."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Chat:
+    """A conversation as its template takes it, with the other ``arguments`` of the template."""
+
+    model: str
+    messages: list[Message]
+    arguments: Mapping[str, Any]
+    tools: tuple[Tool, ...]
+    marking: Marking | None
 
 
 class PromptFormat:
     """Prompt format of a model. Immutable after construction; safe to use from several threads."""
 
-    def __init__(self, files: TextFiles, special: SpecialTokensInText = SpecialTokensInText.TEXT) -> None:
+    def __init__(
+        self,
+        files: TextFiles,
+        special: SpecialTokensInText = SpecialTokensInText.TEXT,
+        *,
+        finds_breakpoints: bool = False,
+    ) -> None:
         self._files = files
+        self._finds_breakpoints = finds_breakpoints
         source = files.chat_template
         self._template = ChatTemplate(source) if source else None
         literals = self._template.literals if self._template else ""
-        self._control = ControlTokens(files.tokenizer, literals) if special is SpecialTokensInText.TEXT else None
+        self._control = ControlTokens(files.tokenizer, literals)
+        self._marks_text = special is SpecialTokensInText.TEXT
         self._wants_short_ids = source is not None and _SHORT_IDS.search(source) is not None
         self.renders_tools = source is not None and "tools" in source
         """Whether the template has a place of its own for tools."""
@@ -99,12 +121,17 @@ class PromptFormat:
             return Prompt(self._infilled(request))
         if isinstance(request.prompt, tuple):
             return Prompt(list(request.prompt))
+        breakpoints: tuple[int, ...] = ()
         if request.prompt is None:
-            text, ids = self._rendered_ids(request)
+            chat = self._chat(request, self._control.marking(_texts_of(request)) if self._marks_text else None)
+            text = self._text(chat)
+            ids = self._encode(text) if chat.marking is None else chat.marking.encode(text)
+            if self._finds_breakpoints:
+                breakpoints = self._breakpoints(chat, text, ids)
         else:
             text = _sound(request.prompt)
             # A reader's text is no template of its own, as the prompt of a completion often is.
-            ids = self._control.encode_text(text) if whole and self._control else self._encode(text)
+            ids = self._control.encode_text(text) if whole and self._marks_text else self._encode(text)
             if (before := self._files.before) and tuple(ids[: len(before)]) != before:
                 ids = [*before, *ids]
             if whole and (behind := self._files.behind) and tuple(ids[-len(behind) :]) != behind:
@@ -114,7 +141,7 @@ class PromptFormat:
             raise InvalidRequestError(f"Invalid '{param}': the prompt is empty.", param=param)
         opened = self.tags is not None and text.rstrip().endswith(self.tags.start)
         closed = self.tags is not None and text.rstrip().endswith(self.tags.end)
-        return Prompt(ids, opened, closed)
+        return Prompt(ids, opened, closed, breakpoints)
 
     def _infilled(self, request: InferenceRequest) -> list[int]:
         """Return a prompt that asks for what is between two texts, which are no templates of their own.
@@ -127,26 +154,31 @@ class PromptFormat:
                 f"Unsupported parameter: '{request.model}' has no tokens to fill in what stands before a 'suffix'.",
                 param="suffix",
             )
-        encode = self._control.encode_text if self._control else self._encode
+        encode = self._control.encode_text if self._marks_text else self._encode
         before = list(request.prompt) if isinstance(request.prompt, tuple) else encode(_sound(request.prompt or ""))
         return self._infill.ids(before, encode(_sound(request.suffix)))
 
     def render(self, request: InferenceRequest) -> str:
         """Return the prompt's text."""
-        return self._render(request, None)
-
-    def _rendered_ids(self, request: InferenceRequest) -> tuple[str, list[int]]:
-        if self._control is None:
-            text = _sound(self._render(request, None))
-            return text, self._encode(text)
-        marking = self._control.marking(_texts_of(request))
-        text = _sound(self._render(request, marking))
-        return text, marking.encode(text)
+        return self._text(self._chat(request, None))
 
     def _encode(self, text: str) -> list[int]:
         return pieces.encode(self._files.tokenizer, text)
 
-    def _render(self, request: InferenceRequest, marking: Marking | None) -> str:
+    def _breakpoints(self, chat: _Chat, text: str, ids: list[int]) -> tuple[int, ...]:
+        """Return the breakpoints of a prompt in tokens, each a token or two early where text is cut there."""
+        found: set[int] = set()
+        for messages in following(chat.messages, chat.tools[0].name if chat.tools else None):
+            written = messages if self.renders_tools else with_tools_as_text(messages, ())
+            try:
+                other = self._rendered(written, chat.arguments)
+            except _TEMPLATE_FAILURES:
+                continue  # no such conversation can follow
+            found.add(common_prefix(text, _sound(other)))
+        mark = "" if chat.marking is None else chat.marking.mark
+        return tuple(sorted({self._control.count_before(text, mark, ids, at) for at in found} - {0}))
+
+    def _chat(self, request: InferenceRequest, marking: Marking | None) -> _Chat:
         if self._template is None:
             raise NoTemplateError(f"The model '{request.model}' has no chat template; it can complete text only.")
         if reserved := _RESERVED & request.template_arguments.keys():
@@ -176,19 +208,16 @@ class PromptFormat:
             arguments.setdefault("enable_thinking", request.thinking)
         if request.effort and self._efforts is not None:
             arguments.setdefault("reasoning_effort", nearest_effort(request.effort, self._efforts))
-        messages = one_system_message(messages)
+        return _Chat(request.model, one_system_message(messages), arguments, tools, marking)
+
+    def _text(self, chat: _Chat) -> str:
+        """Return the text of the prompt, marked. Raises :class:`TemplateError`."""
         try:
-            try:
-                return self._rendered(messages, arguments)
-            except _TEMPLATE_FAILURES:
-                joined = merge_adjacent(messages)
-                if len(joined) == len(messages):
-                    raise
-                return self._rendered(joined, arguments)
+            return _sound(self._rendered(chat.messages, chat.arguments))
         except _TEMPLATE_FAILURES as error:
             # A template is a program of the model's author: what it raises is about the conversation.
-            with_tools = " with tools" if tools else ""
-            raise TemplateError(f"The chat template of '{request.model}' failed{with_tools}: {error}.") from error
+            with_tools = " with tools" if chat.tools else ""
+            raise TemplateError(f"The chat template of '{chat.model}' failed{with_tools}: {error}.") from error
 
     def _taken_efforts(self) -> tuple[str, ...]:
         """Return the efforts with which the template takes the least conversation: some raise for all but their own."""
@@ -201,8 +230,15 @@ class PromptFormat:
         return tuple(taken)
 
     def _rendered(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
+        """Return a conversation rendered, with messages of one role joined if the template refuses it otherwise."""
         assert self._template is not None
-        return self._template.render(messages=[template_message(message) for message in messages], **arguments)
+        try:
+            return self._template.render(messages=[template_message(message) for message in messages], **arguments)
+        except _TEMPLATE_FAILURES:
+            joined = merge_adjacent(messages)
+            if len(joined) == len(messages):
+                raise
+            return self._template.render(messages=[template_message(message) for message in joined], **arguments)
 
     def _message_marked(self, message: Message, marking: Marking) -> Message:
         # A template cuts the reasoning out of its model's messages by these tags.

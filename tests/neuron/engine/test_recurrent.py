@@ -154,13 +154,13 @@ def test_a_sequence_resumes_from_the_longest_checkpoint(load: Callable[..., Any]
     assert states.checkpoint_pages == 4
     for prompt, outcome in zip(prompts, expected, strict=True):
         check(ask(driver, [prompt]), [outcome])
-    for prompt, outcome, length in zip(prompts, expected, (128, 128, 256, 192), strict=True):
+    for prompt, outcome, length in zip(prompts, expected, (144, 128, 288, 192), strict=True):
         check(ask(driver, [prompt]), [outcome])
         assert cached(driver) == [length]
     # Two at once from one checkpoint, beside one from another and one from none.
     together = [PROMPT, PROMPT, TEXT, TEXT[7:50]]
     check(ask(driver, together), [expected[0], expected[0], expected[2], *alone(load, [TEXT[7:50]])])
-    assert cached(driver) == [128, 128, 256, 0]
+    assert cached(driver) == [144, 144, 288, 0]
 
 
 def test_each_turn_of_a_conversation_resumes_where_the_last_prompt_ended(load: Callable[..., Any]) -> None:
@@ -171,9 +171,37 @@ def test_each_turn_of_a_conversation_resumes_where_the_last_prompt_ended(load: C
     for _ in range(5):
         found = ask(driver, talks)
         assert cached(driver) == before
-        before = [(len(talk) - 1) // 64 * 64 for talk in talks]
+        ends = [(len(talk) - 1) // PAGE_TOKENS * PAGE_TOKENS for talk in talks]
+        before = [end if end - start >= 64 else start for start, end in zip(before, ends, strict=True)]
         talks = [[*talk, *ids, *TEXT[7:37]] for talk, (ids, _) in zip(talks, found, strict=True)]
     check(ask(driver, talks), alone(load, talks))
+
+
+def test_a_turn_without_its_reasoning_computes_less_than_a_page_again(load: Callable[..., Any]) -> None:
+    """Nor do choices of one prompt, a cancelled turn beside them, or another conversation lose the place."""
+    question, reasoning, following = TEXT[:150], [60, 61, *TEXT[20:60]], TEXT[70:130]
+    prompts = [[*question, *reasoning], [*question, *following], [*TEXT[:90], *following]]
+    expected = alone(load, prompts)
+    driver = load(64)
+    for number in range(3):
+        driver.generate(number, prompts[0], 12, top_logprobs=TOP, breakpoints=(90, 150))
+    driver.generate(9, prompts[0], 12, breakpoints=(150,))
+    driver.engine.step()
+    driver.post(jobs.Cancel(9))
+    driver.run()
+    found = outcomes(driver)
+    check([found[number] for number in range(3)], expected[:1] * 3)
+    for prompt, outcome, resumed in zip(prompts[1:], expected[1:], (144, 80), strict=True):
+        check(ask(driver, [prompt]), [outcome])
+        assert cached(driver) == [resumed]
+
+
+@pytest.mark.parametrize("breakpoints", [(0,), (151,), (90, 60)])
+def test_breakpoints_outside_of_a_prompt_are_refused(load: Callable[..., Any], breakpoints: tuple[int, ...]) -> None:
+    driver = load()
+    driver.generate(0, PROMPT, breakpoints=breakpoints)
+    assert driver.failures()[0].code == "invalid_value"
+    assert "do not ascend within a prompt of 150 tokens" in driver.failures()[0].message
 
 
 @pytest.mark.parametrize("fault", ["not copied", "zeros"])
@@ -189,7 +217,7 @@ def test_a_wrong_state_is_seen(load: Callable[..., Any], monkeypatch: pytest.Mon
         monkeypatch.setattr(LayerCaches, "copy_states", lambda *_: None)
     with pytest.raises(AssertionError):
         check(ask(driver, [PROMPT]), expected)
-    assert cached(driver) == [128]
+    assert cached(driver) == [144]
 
 
 def test_preemption_changes_no_logits(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,7 +499,7 @@ def test_two_ranks_have_the_tokens_of_one(
                 for row in model.step().rows:
                     found.setdefault(row.sequence, []).extend(array.array("i", row.ids))
                     lengths += [row.prompt_cached] if row.prompt_cached is not None else []
-        assert sorted(lengths[-3:]) == ([128, 128, 128] if name == "recurrent" else [128, 144, 144])
+        assert sorted(lengths[-3:]) == [128, 144, 144]
         return [found[number] for number in range(len(prompts) * 2)]
 
     def run(rank: int) -> list[list[int]]:

@@ -4,7 +4,8 @@ Nothing leaks, no sequence starves, every step obeys its limits, and each sequen
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,11 +35,23 @@ POWERS = np.cumprod(np.full(4096, 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint6
 
 
 def sequence(
-    number: int, num_prompt: int, max_tokens: int, *, family: int = -1, principal: str = "", priority: int = 0
+    number: int,
+    num_prompt: int,
+    max_tokens: int,
+    *,
+    family: int = -1,
+    principal: str = "",
+    priority: int = 0,
+    breakpoints: Iterable[int] = (),
 ) -> Sequence:
-    """Return a sequence with its family's common prefix; without a family, with a prefix of its own."""
+    """Return a sequence with its family's common prefix; without a family, with a prefix of its own.
+
+    It has those of ``breakpoints`` that are in its prompt.
+    """
     prompt = np.arange(num_prompt, dtype=np.int32) + 1000 * (number + 10 if family < 0 else family)
-    return Sequence(number, prompt, max_tokens, frozenset(), SamplerSettings(), principal, priority)
+    own = tuple(sorted(at for at in breakpoints if at <= num_prompt))
+    settings = SamplerSettings()
+    return Sequence(number, prompt, max_tokens, frozenset(), settings, principal, priority, breakpoints=own)
 
 
 def contents(s: Sequence, stop: int) -> np.ndarray:
@@ -52,6 +65,7 @@ def few_tokens_ahead() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_caches, "AHEAD_TOKENS", 4)
         patch.setattr(states_module, "CHUNK_TOKENS", CHUNK)
+        patch.setattr(states_module, "LEAST_PAGES", 1)
         yield
 
 
@@ -131,11 +145,13 @@ def check_cuts(step: Step, scheduler: Scheduler) -> None:
         end = s.num_computed + count
         if not s.prefills or end == s.num_fill:
             continue
-        assert end % CHUNK == 0 or (s is last_of_step and end // CHUNK == s.num_computed // CHUNK)
+        places = set()
         if scheduler.limits.prefix_cache:
-            last = (s.num_fill - 1) // CHUNK * CHUNK
-            passed = range(s.num_computed + 1, end)
-            assert not any(at == last or at % 24 == 0 for at in passed)
+            last = (s.num_fill - 1) // 4 * 4
+            places = {min(at // 4 * 4, last) for at in (*s.breakpoints, *range(24, s.num_fill, 24))}
+            places |= {last} if s.num_output else set()
+        assert end in places or end % CHUNK == 0 or (s is last_of_step and end // CHUNK == s.num_computed // CHUNK)
+        assert places.isdisjoint(range(s.num_computed + 1, end))
 
 
 def check_plan(step: Step, scheduler: Scheduler) -> None:
@@ -206,12 +222,12 @@ class Arrivals(RuleBasedStateMachine):
     @rule(
         num_prompt=st.integers(1, 63), max_tokens=st.integers(1, 63), family=st.integers(-1, 2),
         principal=st.sampled_from("ab"), priority=st.integers(-1, 1), forks=st.integers(1, 3),
+        breakpoints=st.sets(st.integers(1, 63), max_size=3),
     )  # fmt: skip
-    def arrive(self, num_prompt: int, max_tokens: int, family: int, principal: str, priority: int, forks: int) -> None:
+    def arrive(self, num_prompt: int, max_tokens: int, forks: int, **given: Any) -> None:
         for _ in range(forks):
             self.number += 1
-            max_tokens = min(max_tokens, 64 - num_prompt)
-            new = sequence(self.number, num_prompt, max_tokens, family=family, principal=principal, priority=priority)
+            new = sequence(self.number, num_prompt, min(max_tokens, 64 - num_prompt), **given)
             self.scheduler.add(new)
             with pytest.raises(ValueError, match="exists already"):
                 self.scheduler.add(new)
@@ -281,7 +297,8 @@ def test_thousands_of_sequences_leave_nothing_behind(
             max_tokens = int(random.integers(1, 200 if random.random() < 0.2 else 16))
             for _ in range(int(random.integers(1, 4))):
                 if (number := next(numbers, None)) is not None:
-                    scheduler.add(sequence(number, num_prompt, max_tokens, family=family, principal=str(family % 3)))
+                    given = {"family": family, "principal": str(family % 3), "breakpoints": random.integers(1, 24, 2)}
+                    scheduler.add(sequence(number, num_prompt, max_tokens, **given))
         if random.random() < 0.2 and scheduler.busy:
             candidates = [*scheduler.running, *scheduler.waiting]
             finished += scheduler.remove(candidates[int(random.integers(len(candidates)))]) is not None

@@ -101,6 +101,26 @@ def test_no_token_differs_and_prefixes_are_reused(load: Callable[..., Any]) -> N
     assert pages == {5 * window_pages(WINDOW, PAGE_TOKENS) + chunk_pages(model.plan.step_tokens, PAGE_TOKENS)}
 
 
+def test_a_turn_resumes_at_its_breakpoint_whatever_came_between(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window's pages before a breakpoint outlast those that no breakpoint sees, many times as many."""
+    short = dataclasses.replace(sizing.CPU_DEFAULTS, step_tokens=64, mixed_step_tokens=32)
+    monkeypatch.setattr(sizing, "CPU_DEFAULTS", short)
+    driver = load()
+    question = SYSTEM[:200]
+    run(driver, {0: {"prompt": [*question, *[5, 6, 7] * 60], "max_tokens": 60, "breakpoints": (200,)}})
+    others = {number: {"prompt": [number] * 400, "max_tokens": 60} for number in range(1, 5)}
+    for number, other in others.items():
+        run(driver, {number: other})
+    (window,) = driver.model().scheduler.cache.windows
+    assert len(others) * 400 > 2 * PAGE_TOKENS * window.pool.num_pages
+    turn = {9: {"prompt": [*question, *SYSTEM[250:300]], "max_tokens": 20}}
+    found = run(driver, turn)
+    assert [row.prompt_cached for row in driver.rows if row.prompt_cached is not None] == [192]
+    assert found == run(load(has_windows=False), turn)
+
+
 def test_multi_step_decodes_read_no_page_too_many(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepTimer, "step_s", lambda *_: multi_step.MULTI_STEP_S / 40.5)
     monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: True)
