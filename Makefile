@@ -199,7 +199,7 @@ $(VENV)/triton: $(VENV)/editable
 	touch $@
 
 check-kernels: $(VENV)/triton ## every Triton kernel against its reference, and its machine code; needs no GPU
-	$(BIN)/python -P -m neuron.triton_kernels.check --keep
+	PYTHONPATH=tests/support $(BIN)/python -P tests/support/kernel_check.py --keep
 
 # The same in two parts: the numbers, and, as the gate has it, what the oldest Triton that is allowed makes of the kernels,
 # with the tests that need a compiler. Both are installed beside the environment, which has torch and no or another Triton.
@@ -209,11 +209,11 @@ build/triton-%/installed: | $(VENV)/made
 	touch $@
 
 check-numbers: $(VENV)/editable build/triton-$(TRITON)/installed
-	TRITON_INTERPRET=1 PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -P -m neuron.triton_kernels.check --numbers
+	TRITON_INTERPRET=1 PYTHONPATH=build/triton-$(TRITON):tests/support $(BIN)/python -P tests/support/kernel_check.py --numbers
 
 check-kernels-oldest: $(VENV)/editable build/triton-$(OLDEST_TRITON)/installed
 	$(BUILD)
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -P -m neuron.triton_kernels.check --code --brief --quiet --cache build/kernels
+	PYTHONPATH=build/triton-$(OLDEST_TRITON):tests/support $(BIN)/python -P tests/support/kernel_check.py --code --brief --quiet --cache build/kernels
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -P -m pytest tests/neuron/triton_kernels/test_compile.py
 
 # A worker on torch's CUDA build and Triton, over a driver that has the rules of a real one and computes nothing; in an

@@ -138,7 +138,8 @@ class Rehearsal(UntimedGpu):
     @contextlib.contextmanager
     def with_kernels(self) -> Iterator["Rehearsal"]:
         """Have models run the kernels in the interpreter, with the choices for a Hopper GPU."""
-        from neuron.triton_kernels.interpreter import mend
+        from triton_interpreter import mend
+
         from neuron.triton_kernels.launch import Target, targeting
         from neuron.triton_kernels.operations import KERNELS
 

@@ -1,14 +1,12 @@
 """Compile variants ahead of time, and keep them on disk.
 
-No GPU is needed: the compiler's wheel carries ptxas. A compiled kernel is a cubin and its launch parameters
-(:class:`Metadata`). The cache is keyed by kernel sources, compiler version, compute capability and variant, so that an
-entry of any machine is right or not found: an installed package may carry entries (``make kernels wheel``), which are
-used where the user's own folder has none. Each entry carries a digest of its cubin: a damaged entry is compiled again,
-with a warning.
+No GPU is needed: the compiler's wheel carries ptxas. The cache is keyed by kernel sources, compiler version, compute
+capability and variant, so that an entry of any machine is right or not found: an installed package may carry entries
+(``make kernels wheel``), which are used where the user's own folder has none. A damaged entry is compiled again, with a
+warning.
 """
 
 import concurrent.futures
-import dataclasses
 import functools
 import hashlib
 import json
@@ -16,12 +14,11 @@ import logging
 import multiprocessing
 import os
 import pathlib
-import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+import msgspec
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -31,10 +28,11 @@ from neuron.triton_kernels.launch import Variant
 
 logger = logging.getLogger(__name__)
 
-_TOOLS: Final = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SOURCES: Final = pathlib.Path(__file__).parent
 PREBUILT: Final = _SOURCES / "prebuilt"
 """Folder of the entries in the package."""
+DIGEST_BYTES: Final = 32
+"""Length of the digest that an entry begins with, of its key and of the rest."""
 
 
 class KernelCompileError(RuntimeError):
@@ -43,37 +41,15 @@ class KernelCompileError(RuntimeError):
     code = "kernel_compile_failed"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Metadata:
-    """Metadata of a cubin for launchers and for the check of machine code."""
-
-    name: str
-    """Symbol of the kernel in the cubin."""
-    capability: int
-    num_warps: int
-    registers: int
-    stack_bytes: int
-    """Stack of a thread; over 0 means spills."""
-    shared_bytes: int
-    """Dynamic shared memory of a block."""
-    scratch_bytes: int
-    """Global memory of a program for tensor descriptors made on the device."""
-    dependent_launch: bool
-    parameters: tuple[str, ...]
-    """Types of the arguments in order; two scratch pointers follow them."""
-    cuda_version: str
-    """CUDA version of the assembler: a driver of an older major version cannot load the cubin."""
-    cubin_sha256: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Compiled:
+class Compiled(msgspec.Struct, frozen=True):
     """Kernel compiled for one compute capability."""
 
-    metadata: Metadata
-    cubin: bytes
-    triton_metadata: dict[str, Any]
+    capability: int
+    cuda_version: str
+    """CUDA version of the assembler: a driver of an older major version cannot load the cubin."""
+    metadata: dict[str, Any]
     """Metadata for Triton's own launcher."""
+    cubin: bytes
 
 
 @functools.cache
@@ -106,54 +82,14 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
     )
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options())
-        cubin: bytes = compiled.asm["cubin"]
-        registers, stack_bytes = resource_usage(cubin)
     except Exception as error:
         raise KernelCompileError(f"{variant.kernel} for sm_{capability}: {error}") from error
-    found = compiled.metadata
-    return Compiled(
-        Metadata(
-            name=found.name,
-            capability=capability,
-            num_warps=found.num_warps,
-            registers=registers,
-            stack_bytes=stack_bytes,
-            shared_bytes=found.shared,
-            scratch_bytes=found.global_scratch_size,
-            dependent_launch=variant.dependent_launch,
-            parameters=tuple(parameter.kind for parameter in variant.parameters),
-            cuda_version=get_ptxas(capability).version,
-            cubin_sha256=hashlib.sha256(cubin).hexdigest(),
-        ),
-        cubin,
-        json.loads(json.dumps(found._asdict(), default=vars)),
-    )
-
-
-def _on_file(tool: str, cubin: bytes, *options: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = subprocess.run([_TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True)
-    return run.stdout
-
-
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Return registers and bytes of stack of a thread; stack means spills or arrays in memory."""
-    found = re.search(r"REG:(\d+) STACK:(\d+)", _on_file("cuobjdump", cubin, "--dump-resource-usage"))
-    if found is None:
-        raise KernelCompileError("cuobjdump names no resources")
-    return int(found[1]), int(found[2])
-
-
-def machine_code(cubin: bytes) -> list[str]:
-    """Return the machine instructions in order, with their modifiers: ``LDG.E.128``."""
-    listing = _on_file("nvdisasm", cubin)
-    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", listing, re.M)
+    metadata = json.loads(json.dumps(compiled.metadata._asdict(), default=vars))
+    return Compiled(capability, get_ptxas(capability).version, metadata, compiled.asm["cubin"])
 
 
 class KernelCache:
-    """Compiled kernels in a folder: ``KEY.cubin`` and ``KEY.json`` each. Processes may share a folder.
+    """Compiled kernels in a folder: ``KEY.kernel`` each. Processes may share a folder.
 
     Entries that it lacks are read from the folder ``prebuilt``.
     """
@@ -170,59 +106,45 @@ class KernelCache:
                 return found
         return None
 
-    def store(self, variant: Variant, compiled: Compiled) -> None:
-        """Write an entry atomically: a reader finds the old entry, the new one or none; metadata come last."""
-        key = cache_key(variant, compiled.metadata.capability)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fields = {**dataclasses.asdict(compiled.metadata), "triton": compiled.triton_metadata}
-        text = json.dumps(fields, indent=1)
-        for name, content in ((f"{key}.cubin", compiled.cubin), (f"{key}.json", text.encode())):
+    def keep(self, variant: Variant, compiled: Compiled) -> None:
+        """Write an entry atomically: a reader finds the old entry, the new one or none.
+
+        A folder that cannot be written is no error: it is logged.
+        """
+        key = cache_key(variant, compiled.capability)
+        entry = msgspec.msgpack.encode(compiled)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self.folder)
             try:
                 with os.fdopen(descriptor, "wb") as file:
-                    file.write(content)
-                pathlib.Path(temporary).replace(self.folder / name)
+                    file.write(_digest(key, entry) + entry)
+                pathlib.Path(temporary).replace(self.folder / f"{key}.kernel")
             except BaseException:
                 pathlib.Path(temporary).unlink(missing_ok=True)
                 raise
-
-    def get(self, variant: Variant, capability: int) -> Compiled:
-        """Return an entry, compiled and stored first if need be. A folder that cannot be written is not an error."""
-        found = self.load(variant, capability)
-        if found is None:
-            found = compile_variant(variant, capability)
-            self.keep(variant, found)
-        return found
-
-    def keep(self, variant: Variant, compiled: Compiled) -> None:
-        """Write an entry; log a warning where the folder cannot be written."""
-        try:
-            self.store(variant, compiled)
         except OSError as error:
             logger.warning("kernel cache: cannot write to %s: %s", self.folder, error)
+
+
+def _digest(key: str, entry: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + entry).digest()
 
 
 def _load(folder: pathlib.Path, variant: Variant, capability: int) -> Compiled | None:
     key = cache_key(variant, capability)
     try:
-        cubin = (folder / f"{key}.cubin").read_bytes()
-        text = (folder / f"{key}.json").read_text()
+        data = (folder / f"{key}.kernel").read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         logger.warning("kernel cache: %s of %s cannot be read: %s", key, variant.kernel, error)
         return None
-    try:
-        fields = json.loads(text)
-        launcher = fields.pop("triton")
-        metadata = Metadata(**{**fields, "parameters": tuple(fields["parameters"])})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("kernel cache: %s of %s is corrupt (%r); compiling again", key, variant.kernel, error)
-        return None
-    if hashlib.sha256(cubin).hexdigest() != metadata.cubin_sha256 or metadata.capability != capability:
+    digest, entry = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    if digest != _digest(key, entry):
         logger.warning("kernel cache: %s of %s does not match its digest; compiling again", key, variant.kernel)
         return None
-    return Compiled(metadata, cubin, launcher)
+    return msgspec.msgpack.decode(entry, type=Compiled)
 
 
 class Compilation:

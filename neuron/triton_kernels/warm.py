@@ -63,9 +63,8 @@ def warm(variant: Variant, compiled: Compiled, driver_version: tuple[int, int] =
 
     Raises :class:`DriverTooOldError`.
     """
-    metadata = compiled.metadata
-    if driver_version[0] < int(metadata.cuda_version.partition(".")[0]):
-        raise DriverTooOldError(driver_version, metadata.cuda_version)
+    if driver_version[0] < int(compiled.cuda_version.partition(".")[0]):
+        raise DriverTooOldError(driver_version, compiled.cuda_version)
     arguments: dict[str, Any] = dict(variant.constants)
     for parameter in variant.parameters:
         if parameter.kind.startswith("*"):
@@ -74,7 +73,7 @@ def warm(variant: Variant, compiled: Compiled, driver_version: tuple[int, int] =
             arguments[parameter.name] = 0.5
         else:
             arguments[parameter.name] = (16 if parameter.aligned else 17) << (32 if parameter.kind == "i64" else 0)
-    with _compiles_to(variant.function(), compiled, cache_key(variant, metadata.capability)) as function:
+    with _compiles_to(variant.function(), compiled, cache_key(variant, compiled.capability)) as function:
         kernel = function.warmup(grid=(1,), **arguments, **variant.options())
     # Else the first launch, in a step, builds the launcher, by gcc if need be, and loads the module.
     kernel.run  # noqa: B018 (a property that does so)
@@ -89,9 +88,9 @@ def _compiles_to(function: Any, compiled: Compiled, key: str) -> Iterator[Any]:
     def ours(source: Any, **_: object) -> Any:
         # Read by the constructor; nothing refers to the files afterwards.
         with tempfile.TemporaryDirectory() as folder:
-            name = compiled.metadata.name[:150]
+            name = compiled.metadata["name"][:150]
             files = {kind: pathlib.Path(folder) / f"{name}.{kind}" for kind in ("json", "cubin")}
-            files["json"].write_text(json.dumps(compiled.triton_metadata))
+            files["json"].write_text(json.dumps(compiled.metadata))
             files["cubin"].write_bytes(compiled.cubin)
             return CompiledKernel(source, {file.name: str(file) for file in files.values()}, key)
 

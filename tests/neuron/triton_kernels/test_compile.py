@@ -16,6 +16,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import kernel_check  # noqa: E402
+from kernel_check import compile_once  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from neuron.device.loop import die_with_parent  # noqa: E402
@@ -25,7 +27,6 @@ from neuron.models.config import read_config  # noqa: E402
 from neuron.models.prebuild import any_plan, variants  # noqa: E402
 from neuron.triton_kernels import (  # noqa: E402
     activation,
-    check,
     compile,
     decode_state,
     matmul,
@@ -66,8 +67,8 @@ def cache(tmp_path: pathlib.Path) -> KernelCache:
 
 def test_a_kernel_that_spills_fails_the_check(cache: KernelCache) -> None:
     """A tile of 256 by 256 float32 for 128 threads: 512 registers each, of 255."""
-    (row,) = check.inspect_variants([matmul_variant(256, 256)], 80, cache)
-    assert row.compiled.metadata.stack_bytes > 0
+    (row,) = kernel_check.inspect_variants([matmul_variant(256, 256)], 80, cache)
+    assert row.stack_bytes > 0
     assert any("stack" in fault for fault in row.faults())
     assert any("spills" in fault for fault in row.faults())
 
@@ -78,14 +79,14 @@ def test_one_kernel_that_spills_fails_the_command(
     arguments = ["--code", "--quiet", "--processes", "1", "--capability", "80", "--cache", str(tmp_path)]
     arguments += ["--only", "matmul:_matmul_kernel"]
     sound, spilling = (matmul_variant(*tile) for tile in ((64, 64), (256, 256)))
-    monkeypatch.setattr(check, "all_variants", lambda capability: (sound,))
-    assert check.main(arguments) == 0
+    monkeypatch.setattr(kernel_check, "all_variants", lambda capability: (sound,))
+    assert kernel_check.main(arguments) == 0
     assert "1 variants, 0 faults" in capsys.readouterr().out
-    monkeypatch.setattr(check, "all_variants", lambda capability: (sound, spilling))
-    assert check.main(arguments) == 1
+    monkeypatch.setattr(kernel_check, "all_variants", lambda capability: (sound, spilling))
+    assert kernel_check.main(arguments) == 1
     assert "FAIL _matmul_kernel sm_80" in capsys.readouterr().out
-    monkeypatch.setattr(check, "all_variants", lambda capability: ())
-    assert check.main(arguments) == 1
+    monkeypatch.setattr(kernel_check, "all_variants", lambda capability: ())
+    assert kernel_check.main(arguments) == 1
 
 
 def test_hopper_uses_its_matrix_unit(cache: KernelCache) -> None:
@@ -95,7 +96,7 @@ def test_hopper_uses_its_matrix_unit(cache: KernelCache) -> None:
     with recording(target_for(90)) as recorder:
         matmul.matmul.triton(meta(4096, 4096), meta(4096, 4096))
         prefill_attention.prefill_attention.triton(q, KeyValueCache(keys, keys), batch, AttentionParameters(0.1), q)
-    rows = check.inspect_variants(recorder.variants, 90, cache)
+    rows = kernel_check.inspect_variants(recorder.variants, 90, cache)
     assert [row.kernel for row in rows] == ["_persistent_matmul_kernel", "_prefill_attention_kernel"]
     for row in rows:
         assert row.faults() == []
@@ -108,13 +109,15 @@ def test_hopper_uses_its_matrix_unit(cache: KernelCache) -> None:
 def test_a_dependent_launch_waits_before_it_touches_memory_that_others_write(cache: KernelCache) -> None:
     with recording(target_for(90)) as recorder:
         skinny_matmul.skinny_matmul.triton(meta(1, 4096), meta(4096, 4096), norm=(meta(4096), 1e-6))
-    (row,) = check.inspect_variants(recorder.variants, 90, cache)
+    (row,) = kernel_check.inspect_variants(recorder.variants, 90, cache)
     assert row.variant.dependent_launch
     assert row.faults() == []
     # Its weights it asks for at once.
-    assert any(one.startswith(check.WEIGHTS) for one in row.code[: row.code.index(check.WAIT)])
+    assert any(one.startswith(kernel_check.WEIGHTS) for one in row.code[: row.code.index(kernel_check.WAIT)])
     constants = {**dict(row.variant.constants), "PDL": False}
-    (row,) = check.inspect_variants([dataclasses.replace(row.variant, constants=tuple(constants.items()))], 90, cache)
+    (row,) = kernel_check.inspect_variants(
+        [dataclasses.replace(row.variant, constants=tuple(constants.items()))], 90, cache
+    )
     (fault,) = row.faults()
     assert re.fullmatch(r"before it waits for the kernel before it: .*EXIT, .*STG.*", fault)
 
@@ -125,7 +128,7 @@ def test_tokens_are_published_past_every_cache(cache: KernelCache, capability: i
     i32 = torch.int32
     with recording(target_for(capability)) as recorder:
         KERNELS.end_step(decode_state.like(3, 9, 4, meta), meta(3, dtype=i32), 16)
-    (row,) = check.inspect_variants(recorder.variants, capability, cache)
+    (row,) = kernel_check.inspect_variants(recorder.variants, capability, cache)
     assert [one for one in row.code if one.startswith("STG")].count("STG.E.STRONG.SYS") == 2
 
 
@@ -164,41 +167,56 @@ def test_sizes_that_change_from_step_to_step_make_no_variant() -> None:
 def test_the_cache_returns_stored_kernels(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = activation_variant()
     assert cache.load(variant, 80) is None
-    first = cache.get(variant, 80)
+    first = compile_once(variant, 80, cache)
     assert first.cubin[:4] == b"\x7fELF"
-    assert first.metadata.registers > 0
-    assert first.metadata.parameters == ("*bf16", "*bf16", "i32", "i32")
+    assert kernel_check.resource_usage(first.cubin)[0] > 0
     monkeypatch.setattr(compile, "compile_variant", None)
-    assert cache.get(variant, 80) == first
+    assert compile_once(variant, 80, cache) == first
     assert cache.load(variant, 90) is None
 
 
 @pytest.mark.parametrize(
-    ("suffix", "damage"),
+    "damage",
     [
-        ("cubin", lambda content: content[:-1]),
-        ("cubin", lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:]),
-        ("cubin", lambda _: b""),
-        ("json", lambda content: content[: len(content) // 2]),
-        ("json", lambda _: b"[]"),
-        ("json", lambda content: content.replace(b'"triton"', b'"tritium"')),
-        ("json", lambda _: b"\xff\xfe"),
-        ("json", lambda content: content.replace(b'"capability": 80', b'"capability": 90')),
+        lambda content: content[:-1],
+        lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:],
+        lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],
+        lambda content: content[:20],
+        lambda _: b"",
+        lambda content: content + b"\0",
     ],
 )
 def test_a_corrupt_entry_is_compiled_again_and_logged(
-    cache: KernelCache, caplog: pytest.LogCaptureFixture, suffix: str, damage: object
+    cache: KernelCache, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
 ) -> None:
     variant = activation_variant()
-    first = cache.get(variant, 80)
-    path = cache.folder / f"{compile.cache_key(variant, 80)}.{suffix}"
-    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    first = compile_once(variant, 80, cache)
+    (path,) = cache.folder.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        assert cache.get(variant, 80) == first
+        assert compile_once(variant, 80, cache) == first
     assert any("kernel cache" in record.message for record in caplog.records)
     caplog.clear()
     assert cache.load(variant, 80) == first
     assert not caplog.records
+
+
+def test_an_entry_of_another_kernel_is_compiled_again(cache: KernelCache) -> None:
+    variant = activation_variant()
+    first = compile_once(variant, 80, cache)
+    (path,) = cache.folder.iterdir()
+    other = dataclasses.replace(variant, num_warps=8)
+    path.rename(path.with_stem(compile.cache_key(other, 80)))
+    assert compile_once(other, 80, cache) != first
+
+
+def test_an_entry_that_cannot_be_read_is_compiled_again(cache: KernelCache, caplog: pytest.LogCaptureFixture) -> None:
+    variant = activation_variant()
+    (cache.folder / f"{compile.cache_key(variant, 80)}.kernel").mkdir(parents=True)
+    assert compile_once(variant, 80, cache).cubin[:4] == b"\x7fELF"
+    assert "cannot be read" in caplog.text
+    assert "cannot write" in caplog.text
+    assert len(list(cache.folder.iterdir())) == 1, "nothing is left of the attempt"
 
 
 def test_the_key_follows_source_compiler_capability_and_variant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +275,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Driver]:
 
 
 def warm_one(variant: Variant, cache: KernelCache, **settings: Any) -> None:
-    warm.warm(variant, cache.get(variant, 90), **settings)
+    warm.warm(variant, compile_once(variant, 90, cache), **settings)
 
 
 @pytest.mark.usefixtures("driver")
@@ -303,15 +321,15 @@ def test_a_prebuilt_kernel_needs_no_compiler(
 ) -> None:
     """As from a wheel: entries in a folder that is only read, loaded by a process that cannot compile."""
     variant = activation_variant()
-    made = cache.get(variant, 90)
+    made = compile_once(variant, 90, cache)
     monkeypatch.setattr(compile, "compile_variant", None)
     monkeypatch.setattr(triton, "compile", None)
     elsewhere = KernelCache(tmp_path / "own", prebuilt=cache.folder)
     warm_one(variant, elsewhere)
     (kernel,) = activation._gated_kernel.jitted.device_caches[0][0].values()
     assert kernel.asm["cubin"] == made.cubin
-    assert kernel.name == made.metadata.name
-    assert kernel.metadata.shared == made.metadata.shared_bytes
+    assert kernel.name == made.metadata["name"]
+    assert kernel.metadata.shared == made.metadata["shared"]
     assert not elsewhere.folder.exists()
 
 
@@ -320,7 +338,7 @@ def test_a_driver_older_than_the_cubins_is_reported_before_a_launch(cache: Kerne
     variant = activation_variant()
     with pytest.raises(DriverTooOldError, match=r"supports CUDA 11\.8, .* by CUDA 1[23]\..*; install a driver"):
         warm_one(variant, cache, driver_version=(11, 8))
-    made_by = int(cache.get(variant, 90).metadata.cuda_version.partition(".")[0])
+    made_by = int(compile_once(variant, 90, cache).cuda_version.partition(".")[0])
     warm_one(variant, cache, driver_version=(made_by, 0))
 
 
@@ -333,7 +351,7 @@ def test_other_processes_compile_kernels_that_the_cache_lacks(
     cache: KernelCache, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
 ) -> None:
     first = activation_variant()
-    known = cache.get(first, 90)
+    known = compile_once(first, 90, cache)
     second = dataclasses.replace(first, num_warps=8)
     compilation = Compilation([first, second, first], 90, cache, 4, die_with_parent)
     children = multiprocessing.active_children()
@@ -342,7 +360,7 @@ def test_other_processes_compile_kernels_that_the_cache_lacks(
     assert list(found) == [first, second]
     assert found[first] == known
     assert found[second] == cache.load(second, 90)
-    assert found[second].metadata.num_warps == 8
+    assert found[second].metadata["num_warps"] == 8
     (child,) = children
     # Not join(): the pool's own thread reaps it too, and of two that do one gets no status.
     wait_for(lambda: not child.is_alive(), "the end of the compiler's process")
@@ -380,10 +398,10 @@ def test_a_load_finds_kernels_of_make_kernels(tmp_path: pathlib.Path, monkeypatc
     shapes = pathlib.Path(__file__).parents[3] / "packaging" / "kernels" / "SmolLM2-135M"
     made = tmp_path / "prebuilt"
     prebuild.main([str(shapes), "--capability", "80", "--quant", "none", "--out", str(made)])
-    assert len(list(made.glob("*.cubin"))) == len(list(made.glob("*.json"))) > 5
+    assert len(list(made.glob("*.kernel"))) > 5
     monkeypatch.setattr(compile, "compile_variant", None)
     model = read_config(shapes)
     wanted = variants(model, any_plan(model, "bfloat16"), 80)
     found = finish(Compilation(wanted, 80, KernelCache(tmp_path / "own", prebuilt=made), 1))
-    assert [one.metadata.capability for one in found.values()] == [80] * len(wanted)
+    assert [one.capability for one in found.values()] == [80] * len(wanted)
     assert not (tmp_path / "own").exists()

@@ -48,7 +48,7 @@ import dataclasses, sys, torch
 from neuron.models import decoder
 from model_files import model_of
 from neuron.triton_kernels.attention import attention_parts
-from neuron.triton_kernels.interpreter import mend
+from triton_interpreter import mend
 from neuron.triton_kernels.operations import EAGER, KERNELS
 from neuron.triton_kernels.random_batch import random_batch
 

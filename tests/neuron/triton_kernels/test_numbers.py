@@ -1,6 +1,7 @@
 """The kernels' numbers, in Triton's interpreter: in a process of its own, which must see TRITON_INTERPRET first."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -8,11 +9,14 @@ import pytest
 
 pytest.importorskip("triton")
 
+SUPPORT = pathlib.Path(__file__).parents[2] / "support"
+PATH = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": PATH}
+
 
 def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-P", "-m", "neuron.triton_kernels.check", "--numbers", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", SUPPORT / "kernel_check.py", "--numbers", *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 # One case of each kernel; `make check-kernels` runs them all.
@@ -40,15 +44,15 @@ def test_numbers(part: str) -> None:
 
 def test_the_check_sees_a_wrong_number() -> None:
     code = (
-        "from neuron.triton_kernels import activation, check\n"
+        "import kernel_check\n"
+        "from neuron.triton_kernels import activation\n"
         "operation = activation.gated_activation\n"
         "right = operation.eager\n"
         "operation.eager = lambda *given: right(*given) * 1.2\n"
-        "raise SystemExit(check.check_numbers('activation'))\n"
+        "raise SystemExit(kernel_check.check_numbers('activation'))\n"
     )
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
     assert "FAIL gated activation" in done.stdout

@@ -52,9 +52,10 @@ def _cases(check: Run, make: Make) -> None:
 def test_the_check_finds_an_operation_by_its_file_alone(tmp_path: pathlib.Path, factor: str, failed: int) -> None:
     pytest.importorskip("triton")
     (tmp_path / "scaled.py").write_text(UNIT.replace("FACTOR", factor))
-    code = "import scaled; from neuron.triton_kernels import check; check.check_numbers('scaled')"
+    code = "import kernel_check, scaled; kernel_check.check_numbers('scaled')"
+    support = str(pathlib.Path(__file__).parents[2] / "support")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), support, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
     )

@@ -16,19 +16,23 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import torch
 import triton
+import triton_interpreter
 
 from neuron.triton_kernels import cases
-from neuron.triton_kernels.compile import Compiled, KernelCache, KernelCompileError, machine_code
+from neuron.triton_kernels.compile import Compiled, KernelCache, KernelCompileError, compile_variant
 from neuron.triton_kernels.launch import SHARED_BYTES, Target, Variant, recording, target_for, targeting
 
+_TOOLS: Final = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
 NUMERIC_TARGETS: Final = (Target(80, 40), Target(90, 3))
 """With many multiprocessors decode attention and skinny matmuls split; with few the persistent matmul takes several
@@ -55,6 +59,9 @@ class Row:
     """Machine instructions, in order."""
     counts: collections.Counter[str]
     """Count of each instruction, without modifiers."""
+    registers: int
+    stack_bytes: int
+    """Stack of a thread; over 0 means spills, or arrays in memory."""
 
     @property
     def kernel(self) -> str:
@@ -63,15 +70,15 @@ class Row:
 
     def faults(self) -> list[str]:
         """Return every rule that the machine code breaks."""
-        metadata, found = self.compiled.metadata, []
-        if metadata.stack_bytes:
-            found.append(f"{metadata.stack_bytes} bytes of stack")
+        capability, shared_bytes, found = self.compiled.capability, self.compiled.metadata["shared"], []
+        if self.stack_bytes:
+            found.append(f"{self.stack_bytes} bytes of stack")
         if self.counts["STL"] or self.counts["LDL"]:
             found.append(f"spills: {self.counts['STL']} STL, {self.counts['LDL']} LDL")
-        limit = SHARED_BYTES[metadata.capability]
-        if metadata.shared_bytes > limit:
-            found.append(f"{metadata.shared_bytes} bytes of shared memory, the GPU has {limit}")
-        if metadata.capability == 90 and self.kernel in MUST_USE_HGMMA and not self.counts["HGMMA"]:
+        limit = SHARED_BYTES[capability]
+        if shared_bytes > limit:
+            found.append(f"{shared_bytes} bytes of shared memory, the GPU has {limit}")
+        if capability == 90 and self.kernel in MUST_USE_HGMMA and not self.counts["HGMMA"]:
             found.append("no HGMMA")
         if self.variant.dependent_launch:
             # Without a wait, every access is too early.
@@ -83,16 +90,15 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         """Return the row of the table."""
-        metadata = self.compiled.metadata
         constants = {k: v for k, v in self.variant.constants if v is not None and v is not False}
         return {
             "kernel": self.kernel.strip("_").removesuffix("_kernel"),
-            "sm": metadata.capability,
+            "sm": self.compiled.capability,
             "dtype": next(p.kind.removeprefix("*") for p in self.variant.parameters),
             "constants": " ".join(f"{k}={v}" for k, v in constants.items()),
-            "warps": metadata.num_warps,
-            "registers": metadata.registers,
-            "shared_bytes": metadata.shared_bytes,
+            "warps": self.compiled.metadata["num_warps"],
+            "registers": self.registers,
+            "shared_bytes": self.compiled.metadata["shared"],
             "instructions": self.counts.total(),
             **{name: self.counts[name] for name in COUNTED if self.counts[name]},
         }
@@ -129,10 +135,41 @@ def inspect_variants(wanted: Iterable[Variant], capability: int, cache: KernelCa
     """Compile ``wanted`` and read the machine code. Raises :class:`KernelCompileError`."""
     rows = []
     for variant in wanted:
-        compiled = cache.get(variant, capability)
+        compiled = compile_once(variant, capability, cache)
         code = machine_code(compiled.cubin)
-        rows.append(Row(variant, compiled, code, collections.Counter(one.partition(".")[0] for one in code)))
+        counts = collections.Counter(one.partition(".")[0] for one in code)
+        rows.append(Row(variant, compiled, code, counts, *resource_usage(compiled.cubin)))
     return rows
+
+
+def compile_once(variant: Variant, capability: int, cache: KernelCache) -> Compiled:
+    """Return a kernel of ``cache``, compiled and kept there first if need be. Raises :class:`KernelCompileError`."""
+    found = cache.load(variant, capability)
+    if found is None:
+        found = compile_variant(variant, capability)
+        cache.keep(variant, found)
+    return found
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers and bytes of stack of a thread."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _on_file("cuobjdump", cubin, "--dump-resource-usage"))
+    assert found is not None, "cuobjdump names no resources"
+    return int(found[1]), int(found[2])
+
+
+def machine_code(cubin: bytes) -> list[str]:
+    """Return the machine instructions in order, with their modifiers: ``LDG.E.128``."""
+    listing = _on_file("nvdisasm", cubin)
+    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", listing, re.M)
+
+
+def _on_file(tool: str, cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([_TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True)
+    return run.stdout
 
 
 def all_variants(capability: int) -> tuple[Variant, ...]:
@@ -144,9 +181,7 @@ def all_variants(capability: int) -> tuple[Variant, ...]:
 
 def check_numbers(name_part: str = "") -> int:
     """Run the numeric cases in this process; print each failure and a summary; return the number of failures."""
-    from neuron.triton_kernels.interpreter import mend
-
-    mend()
+    triton_interpreter.mend()
     failed = num_cases = 0
     start = time.monotonic()
     worst: dict[str, float] = {}
@@ -187,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     if not options.code:
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-P", "-m", __spec__.name, "--numbers", "--only", options.only]
+        command = [sys.executable, "-P", __file__, "--numbers", "--only", options.only]
         failed += subprocess.run(command, env=environment, check=False).returncode != 0
     start = time.monotonic()
     wanted = []
