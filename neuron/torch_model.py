@@ -29,6 +29,7 @@ from neuron.device.jobs import (
     Generate,
     LoadedModel,
     SamplerSettings,
+    ThinkingSettings,
     TokenRow,
 )
 from neuron.device.outstanding import Item
@@ -102,7 +103,7 @@ class TorchModel:
             # Known without reading the tokens.
             raise ContextLengthError(self.loaded.context_tokens, len(request.prompt), param="prompt")
         prompt = await self.text.build(request, self.loaded.context_tokens)
-        constraint = await self._constraint(request, prompt)
+        constraint, thinking = await self._constraint(request, prompt), self._thinking(request, prompt)
         run = Generation(
             self.worker,
             self.text.text_of,
@@ -112,7 +113,7 @@ class TorchModel:
         )
         try:
             try:
-                self._start(run, request, prompt, constraint)
+                self._start(run, request, prompt, constraint, thinking)
             except OverflowError:
                 raise InvalidRequestError("Invalid value: a number of the request is out of range.") from None
             async for events in run.events(len(prompt.ids) // ID_BYTES):
@@ -208,8 +209,28 @@ class TorchModel:
         inside = prompt.starts_in_reasoning
         return ConstraintSettings(grammar, -1 if inside else opens, closes, inside)
 
+    def _thinking(self, request: InferenceRequest, prompt: Built) -> ThinkingSettings | None:
+        """Return the bound on reasoning, of which there may be none.
+
+        Raises UnsupportedParameterError if the tags of reasoning are not tokens of the model.
+        """
+        is_bound = request.thinking_budget is not None and request.prompt is None and self.text.tags is not None
+        if not is_bound or prompt.ends_reasoning or request.thinking_budget is None:
+            return None
+        if self.text.tag_ids is None:
+            raise UnsupportedParameterError(
+                f"'{self.loaded.model}' reasons in plain text, which no budget can end.", param="thinking_budget"
+            )
+        opens, _ = self.text.tag_ids
+        return ThinkingSettings(request.thinking_budget, opens, self.text.early_end, prompt.starts_in_reasoning)
+
     def _start(
-        self, run: Generation, request: InferenceRequest, prompt: Built, constraint: ConstraintSettings | None
+        self,
+        run: Generation,
+        request: InferenceRequest,
+        prompt: Built,
+        constraint: ConstraintSettings | None,
+        thinking: ThinkingSettings | None,
     ) -> None:
         available = self.loaded.context_tokens - len(prompt.ids) // ID_BYTES
         # Even max_tokens 0 samples a token: it marks the end of the prompt.
@@ -236,6 +257,7 @@ class TorchModel:
                     principal=request.principal,
                     priority=request.priority,
                     constraint=constraint,
+                    thinking=thinking,
                     min_tokens=ending.min_tokens,
                     cache_salt=self._prefix_sharing.salt(request.principal, request.cache_salt),
                     scores_prompt=request.echo and request.top_logprobs is not None,

@@ -55,6 +55,7 @@ class _ToolChoice(msgspec.Struct):
 
 class _Thinking(msgspec.Struct):
     type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: int | None = None
 
 
 class _Format(msgspec.Struct):
@@ -94,7 +95,7 @@ PARAMETERS = Parameters(
         "messages.content": "cache_control caller citations context data file_id is_error partial_json signature "
         "server_name stop_reason url",
         "messages.content.source": "file_id",
-        "thinking": "budget_tokens display",
+        "thinking": "display",
         "output_config": "task_budget",
         "tools": "cache_control " + fields.HOSTED_TOOL_NAMES,
     },
@@ -125,6 +126,8 @@ def decode(body: bytes) -> MessagesCall:
     read, num_omitted = readable(messages, images=True, model=parsed.model)
     thinks, config = _thinking(parsed.thinking), parsed.output_config or _OutputConfig()
     effort = fields.effort_of(config.effort, "output_config.effort")
+    asked = parsed.thinking if parsed.thinking is not None and thinks else _Thinking("disabled")
+    budget = fields.thinking_budget(("thinking.budget_tokens", asked.budget_tokens))
     request = InferenceRequest(
         model=parsed.model,
         messages=read,
@@ -137,6 +140,7 @@ def decode(body: bytes) -> MessagesCall:
         output_format=parsed.form(_output_format(parsed), "output_config.format"),
         thinking=thinks,
         effort=effort if thinks is not False else "",
+        thinking_budget=budget,
     )
     return MessagesCall(request, bool(parsed.stream), ignored=(*ignored, *hosted), num_omitted=num_omitted)
 

@@ -103,6 +103,7 @@ class _MessageBody(msgspec.Struct):
 
 class _Reasoning(msgspec.Struct):
     effort: str | None = None
+    max_tokens: int | None = None
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -125,6 +126,7 @@ class ChatBody(GenerationBody, kw_only=True):
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
     reasoning: _Reasoning | None = None
+    thinking_budget: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # known and refused
     modalities: list[str] | None = None
@@ -199,6 +201,10 @@ def decode(body: bytes) -> ChatCall:
         output_format=parsed.form(output_format_of(parsed.response_format), "response_format"),
         thinking=fields.thinking(*effort),
         effort=fields.effort_of(*effort),
+        thinking_budget=fields.thinking_budget(
+            ("thinking_budget", parsed.thinking_budget),
+            ("reasoning.max_tokens", None if parsed.reasoning is None else parsed.reasoning.max_tokens),
+        ),
         template_arguments=parsed.chat_template_kwargs or {},
     )
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)

@@ -24,6 +24,7 @@ from cortex.wire.request import FormatKind, ImagePart, OutputFormat, Part, TextP
 T = TypeVar("T")
 
 MAX_BIASES = 4096
+MAX_THINKING_TOKENS = (1 << 31) - 1
 HOSTED_TOOL_NAMES = (
     "allowed_callers allowed_domains allowed_tools authorization background blocked_domains connector_id container "
     "defer_loading display_height display_height_px display_number display_width display_width_px "
@@ -203,6 +204,11 @@ def thinking(effort: str | None, param: str) -> bool | None:
         case "low" | "medium" | "high" | "xhigh" | "max":
             return True
     raise InvalidRequestError(f"Invalid '{param}': '{effort}' is not an effort.", param=param)
+
+
+def thinking_budget(*given: tuple[str, int | None]) -> int | None:
+    """Return the first bound on the tokens of thinking that is given, of parameters and their values."""
+    return next((in_range(name, value, 0, MAX_THINKING_TOKENS) for name, value in given if value is not None), None)
 
 
 def effort_of(effort: str | None, param: str) -> str:

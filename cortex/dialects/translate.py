@@ -250,6 +250,7 @@ def chat_body(request: InferenceRequest, *, stream: bool) -> bytes:
         "n": request.num_choices if request.num_choices > 1 else None,
         "response_format": _response_format(request),
         "chat_template_kwargs": _template_arguments(request),
+        "thinking_budget": request.thinking_budget,
     }
     body: dict[str, Any] = {"model": request.model, "messages": messages}
     body |= {name: value for name, value in optional.items() if value is not None}

@@ -141,7 +141,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """A request for one model.
 
     ``max_tokens`` bounds the output, reasoning included; ``None`` leaves it to the context. ``thinking`` turns a
-    reasoning model's thinking on or off; ``None`` leaves it to the template, as "" does with its ``effort``.
+    reasoning model's thinking on or off; ``None`` leaves it to the template, as "" does with its ``effort``,
+    and ``thinking_budget`` bounds its tokens.
     ``prompt`` is raw text, or token ids, that no chat template touches (text completions) and excludes ``messages``;
     ``suffix`` is what comes behind the answer, for a model that fills in. With ``echo`` the answer repeats the prompt,
     and with ``top_logprobs`` the log probabilities of its tokens. ``max_tokens`` 0 evaluates the prompt alone.
@@ -163,6 +164,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     output_format: OutputFormat = OutputFormat()
     thinking: bool | None = None
     effort: str = ""
+    thinking_budget: int | None = None
     template_arguments: dict[str, Any] = {}
     principal: str = ""
     """Name of the principal, by the gateway; slots are shared out among principals."""

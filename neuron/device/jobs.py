@@ -59,6 +59,19 @@ class ConstraintSettings(msgspec.Struct, frozen=True, array_like=True):
     starts_inside: bool = False
 
 
+class ThinkingSettings(msgspec.Struct, frozen=True, array_like=True):
+    """Bound on reasoning.
+
+    Behind ``num_tokens`` of it the tokens ``forced`` follow, of which the last closes it. ``opens`` is the token before
+    it; ``starts_inside``: the prompt has opened it already.
+    """
+
+    num_tokens: int
+    opens: int
+    forced: tuple[int, ...]
+    starts_inside: bool
+
+
 # ------------------------------------------------------------------ daemon -> worker
 
 UNNUMBERED: Final = 0
@@ -115,6 +128,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     priority: int = 0
     """The principal's: who waits with a higher one gets a slot first."""
     constraint: ConstraintSettings | None = None
+    thinking: ThinkingSettings | None = None
     min_tokens: int = 0
     """Number of tokens before one of ``eos`` may end the sequence."""
     cache_salt: str = ""

@@ -39,6 +39,11 @@ class Constraint:
         self._num_tokens = num_tokens
         self._allowance_s = FIRST_ALLOWANCE_S
 
+    @property
+    def free_tokens(self) -> int:
+        """Return that a mask may be needed behind the next token, which may end the reasoning."""
+        return 0
+
     def mask(self) -> Int32Array | None:
         """Return a mask of the next tokens, a bit each, int32 ``[ceil(V / 32)]``; ``None`` for all.
 

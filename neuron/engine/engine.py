@@ -57,6 +57,7 @@ from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
 from neuron.engine.sequence import Constrained, Sequence
 from neuron.engine.tensor_parallel import Follower
+from neuron.engine.thinking_budget import ThinkingBudget
 from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models.errors import LoadFailedError
 
@@ -391,7 +392,9 @@ def _load_error(name: str, error: Exception) -> ErrorInfo:
 
 
 def _queue(model: ModelEngine, sequence: Sequence, job: Generate | Embed, constraint: Constrained | None) -> None:
-    """Queue a sequence, with its grammar and its minimum length."""
+    """Queue a sequence, with its grammar, the bound on its reasoning, and its minimum length."""
+    if isinstance(job, Generate) and job.thinking is not None:
+        constraint = ThinkingBudget(constraint, job.thinking, model.config.vocab_size)
     if isinstance(job, Generate) and job.min_tokens and sequence.eos:
         constraint = Minimum(constraint, job.min_tokens, sequence.eos, model.config.vocab_size)
     sequence.constraint = constraint

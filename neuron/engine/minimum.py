@@ -22,6 +22,11 @@ class Minimum:
             if 0 <= token < vocab_size:
                 self._allowed.view(np.uint32)[token // BITS] &= np.uint32(0xFFFF_FFFF ^ (1 << token % BITS))
 
+    @property
+    def free_tokens(self) -> int:
+        """Return for how many tokens no mask is needed, see :class:`neuron.engine.sequence.Constrained`."""
+        return 0
+
     def mask(self) -> Int32Array | None:
         """Return a mask of the next tokens, see :class:`neuron.engine.sequence.Constrained`."""
         inner = None if self._inner is None else self._inner.mask()

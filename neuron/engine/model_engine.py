@@ -298,11 +298,12 @@ class ModelEngine:
             if token in sequence.eos:
                 end = SequenceEnd.STOP
                 break
-            complete = False
+            complete, mask = False, None
             if sequence.constraint is not None:
                 try:
                     complete = sequence.constraint.accept(token)
-                    self.executor.sampler.constrain(sequence.slot, None if complete else sequence.constraint.mask())
+                    mask = None if complete else sequence.constraint.mask()
+                    self.executor.sampler.constrain(sequence.slot, mask)
                 except ConstraintError as error:
                     self._fail([sequence], error, output)
                     return
@@ -312,9 +313,9 @@ class ModelEngine:
                 end = SequenceEnd.STOP
             elif sequence.num_output == sequence.max_tokens:
                 end = SequenceEnd.LENGTH
-            if end is not None:
+            if end is not None or mask is not None:
                 break
-        # Tokens behind an end do not count; all before it are in the cache.
+        # Tokens behind an end, or sampled without the mask that they need, do not count; all before are in the cache.
         self.scheduler.settle(sequence, num_tokens + max(0, len(ids) - 1), num_sampled)
         output.rows.append(TokenRow(sequence.number, ids.tobytes(), end, cached, logprobs if ids else None, scores))
         if end is not None:

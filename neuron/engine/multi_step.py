@@ -74,7 +74,10 @@ class MultiStep:
 
     def _qualifies(self, sequences: Collection[Sequence]) -> bool:
         """Return whether every sequence can go on without the engine: its token comes from its logits alone."""
-        if any(s.constraint is not None or len(s.eos) > MAX_STOPS or s.num_replays for s in sequences):
+        constraints = [s.constraint for s in sequences if s.constraint is not None]
+        if any(each.free_tokens < self._executor.max_steps for each in constraints):
+            return False
+        if any(len(s.eos) > MAX_STOPS or s.num_replays for s in sequences):
             return False
         slots = np.array([sequence.slot for sequence in sequences], np.int32)
         return bool(self._executor.sampler.draws_plainly(slots).all())

@@ -32,6 +32,10 @@ class SequenceStatus(StrEnum):
 class Constrained(Protocol):
     """Interface of a grammar, see :class:`neuron.engine.constraint.Constraint`."""
 
+    @property
+    def free_tokens(self) -> int:
+        """Return behind how many of the next tokens, whatever they are, all tokens are allowed."""
+
     def mask(self) -> Int32Array | None:
         """Return a mask of the next tokens, a bit each; ``None`` for all."""
 
@@ -172,7 +176,8 @@ class Sequence:
             return False
         if not self.num_awaited:
             return True
-        return self.num_awaited == 1 and self.constraint is None and self.num_output + 1 < self.max_tokens
+        is_free = self.constraint is None or self.constraint.free_tokens > 0
+        return self.num_awaited == 1 and is_free and self.num_output + 1 < self.max_tokens
 
     def num_to_score(self, count: int) -> int:
         """Return how many of its next ``count`` rows precede a token of the prompt that is still to be scored.

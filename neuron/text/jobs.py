@@ -131,6 +131,8 @@ class TextDescription(msgspec.Struct, frozen=True):
     tags: tuple[str, str] | None
     tag_ids: tuple[int, int] | None
     """Ids of the tags, where they are tokens."""
+    early_end: tuple[int, ...]
+    """Tokens that end reasoning early, of which the last is the closing tag; none where the tags are no tokens."""
     markers: dict[int, str]
     decoder: bytes
     token_bytes: bytes

@@ -32,6 +32,7 @@ from neuron.text.grammar import constraint_of
 from neuron.text.jobs import Step, TextDescription
 from neuron.text.matcher import Vocabulary
 from neuron.text.prompt import Prompt, PromptFormat
+from neuron.text.reasoning import EARLY_END
 from neuron.text.schema import left_out
 from neuron.text.token_bytes import token_bytes
 
@@ -208,12 +209,14 @@ class ModelText:
         if tags is not None:
             opens, closes = (files.tokenizer.token_to_id(tag) for tag in (tags.start, tags.end))
             tag_ids = None if opens is None or closes is None else (opens, closes)
+        words = [] if tag_ids is None else files.tokenizer.encode(EARLY_END, add_special_tokens=False).ids
         vocabulary = sorted(files.tokenizer.get_vocab().items())
         return TextDescription(
             can_chat=prompts.can_chat,
             call_form=prompts.call_form.name,
             tags=None if tags is None else (tags.start, tags.end),
             tag_ids=tag_ids,
+            early_end=() if tag_ids is None else (*words, tag_ids[1]),
             markers=prompts.markers,
             decoder=decoder_of(files.tokenizer),
             token_bytes=b"".join(pieces),

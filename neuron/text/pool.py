@@ -155,6 +155,7 @@ class TextModel:
         self.call_form = FORMS[description.call_form]
         self.tags = ReasoningTags(*description.tags) if description.tags else None
         self.tag_ids = description.tag_ids
+        self.early_end = description.early_end
         """Ids of ``tags``; ``None`` where they are no tokens."""
         self.markers = description.markers
         self.vocabulary_digest = description.vocabulary_digest

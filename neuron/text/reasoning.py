@@ -19,6 +19,10 @@ class ReasoningTags:
     end: str = "</think>"
 
 
+EARLY_END: Final = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+)
+"""Last words of reasoning whose budget is spent, before its closing tag: those of Qwen3 (arXiv:2505.09388, 4.3)."""
 EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
 """Efforts of thinking in their order, as APIs name them."""
 

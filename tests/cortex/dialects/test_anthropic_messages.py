@@ -272,17 +272,19 @@ def test_tool_choice(asked: dict[str, Any], choice: ToolChoice) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "thinking"),
+    ("asked", "thinking", "budget"),
     [
-        (None, False),
-        ({"type": "disabled"}, False),
-        ({"type": "enabled", "budget_tokens": 500}, True),
-        ({"type": "enabled"}, True),
-        ({"type": "adaptive", "budget_tokens": 0}, None),
+        (None, False, None),
+        ({"type": "disabled", "budget_tokens": 500}, False, None),
+        ({"type": "enabled", "budget_tokens": 500}, True, 500),
+        ({"type": "enabled"}, True, None),
+        ({"type": "adaptive", "budget_tokens": 0}, None, None),
     ],
 )
-def test_thinking(asked: dict[str, Any] | None, thinking: bool | None) -> None:
-    assert decode(thinking=asked).thinking is thinking
+def test_thinking(asked: dict[str, Any] | None, thinking: bool | None, budget: int | None) -> None:
+    request = decode(thinking=asked, output_config={"effort": "high"})
+    assert (request.thinking, request.thinking_budget) == (thinking, budget)
+    assert request.effort == ("" if thinking is False else "high")
 
 
 def test_sampling_and_stops() -> None:
@@ -321,6 +323,8 @@ def test_no_limit_leaves_it_to_the_context() -> None:
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, "invalid_value", "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "missing_required_parameter", "tool_choice.name"),
         ({"thinking": {"type": "often"}}, "invalid_type", "thinking.type"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "invalid_value", "thinking.budget_tokens"),
+        ({"output_config": {"effort": "heroic"}}, "invalid_value", "output_config.effort"),
         ({"output_config": {"format": {"type": "xml"}}}, "invalid_value", "output_config.format.type"),
         ({"system": [{"type": "image"}]}, "invalid_type", "system[0]"),
     ],

@@ -240,6 +240,8 @@ def test_fields_without_effect_pass(name: str) -> None:
         ({"response_format": {"type": "poem"}}, 400, "invalid_value", "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, 400, "missing_required_parameter", "response_format.schema"),
         ({"reasoning_effort": "heroic"}, 400, "invalid_value", "reasoning_effort"),
+        ({"thinking_budget": -1}, 400, "invalid_value", "thinking_budget"),
+        ({"reasoning": {"max_tokens": -1}}, 400, "invalid_value", "reasoning.max_tokens"),
         ({"modalities": ["audio"]}, 400, "unsupported_parameter", "modalities"),
         ({"functions": []}, 400, "unsupported_parameter", "functions"),
         ({"prediction": {}}, 400, "unsupported_parameter", "prediction"),
@@ -286,3 +288,19 @@ def test_any_values_decode_or_are_refused(fields: dict[str, Any]) -> None:
         openai_chat.decode(json.dumps({"model": "m", "messages": HELLO} | fields).encode("utf-8", "surrogatepass"))
     except ApiError as error:
         assert 400 <= error.status < 500
+
+
+@pytest.mark.parametrize(
+    ("body", "thinking", "effort", "budget"),
+    [
+        ({}, None, "", None),
+        ({"reasoning_effort": "none"}, False, "", None),
+        ({"reasoning_effort": "minimal", "thinking_budget": 9}, False, "", 9),
+        ({"reasoning_effort": "low"}, True, "low", None),
+        ({"reasoning": {"effort": "max", "max_tokens": 100}}, True, "max", 100),
+        ({"reasoning": {"max_tokens": 100}, "thinking_budget": 0}, None, "", 0),
+    ],
+)
+def test_effort_and_budget(body: dict[str, Any], thinking: bool | None, effort: str, budget: int | None) -> None:
+    request = decode(**body).request
+    assert (request.thinking, request.effort, request.thinking_budget) == (thinking, effort, budget)

@@ -167,5 +167,5 @@ def test_the_bounds_of_multi_step() -> None:
     assert bounded(step, step_s=MULTI_STEP_S) == 1
     assert bounded(step, plainly=False) == 1
     assert bounded(dataclasses.replace(step, num_decodes=1)) == 1, "a prompt, or drafts"
-    other.constraint = object()  # type: ignore[assignment]
+    other.constraint = types.SimpleNamespace(free_tokens=3)  # type: ignore[assignment]
     assert bounded(step) == 1, "a grammar"
