@@ -213,6 +213,20 @@ def test_the_grammar_begins_where_reasoning_ends(driver: Any, tokenizer: Tokeniz
         assert settings is inside or not reasons or head.startswith("<think>")
 
 
+def test_drafts_verified_behind_reasoning_are_sampled_again(
+    driver: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mask held them to the grammar, which the answer would then break."""
+    closes, letter = tokenizer.token_to_id("</think>"), tokenizer.token_to_id("a")
+    steps = iter([[closes, letter, letter]])
+    monkeypatch.setattr(driver.model().speculation, "verify", lambda _, sampled: next(steps, sampled))
+    settings = ConstraintSettings(grammar(FormatKind.REGEX, r"\d{4}"), closes=closes, starts_inside=True)
+    driver.generate(0, PROMPT, 40, eos=(EOS,), constraint=settings)
+    driver.run()
+    assert not driver.failures()
+    assert re.fullmatch(r"</think>\d{4}", tokenizer.decode(driver.outputs()[0], skip_special_tokens=False))
+
+
 # ------------------------------------------------------------------ refusals
 
 
