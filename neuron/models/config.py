@@ -64,7 +64,7 @@ def config_from_folder(folder: pathlib.Path, entries: Mapping[str, TensorEntry] 
     return _with_ends(
         config,
         folder_ends(folder, (generation, *_configs(values))),
-        bos_id=next(iter(token_ids(values.get("bos_token_id"), path)), None),
+        bos_id=next(iter(token_ids(values, "bos_token_id", path)), None),
         generation=_generation(generation_path, generation, GENERATION_KEYS),
         pooling=pooling_of(folder),
         generates=not embeds,
@@ -86,7 +86,7 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
     return _with_ends(
         config,
         gguf_ends(values, path),
-        bos_id=next(iter(token_ids(values.get("tokenizer.ggml.bos_token_id"), path)), None),
+        bos_id=next(iter(token_ids(values, "tokenizer.ggml.bos_token_id", path)), None),
         generation=_generation(path, values, GGUF_GENERATION_KEYS),
         pooling=Pooling.MEAN if fields.values.get("pooling_type") == GGUF_MEAN_POOLING else Pooling.LAST,
         tensor_kinds=kinds,

@@ -67,20 +67,24 @@ def ends_by_text(special: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(index for text, index in special.items() if text in ends)
 
 
-def token_ids(value: object, path: pathlib.Path) -> tuple[int, ...]:
-    """Return the ids in ``value``: a single id, a list, or none. Raises :class:`CorruptWeightsError`."""
+def token_ids(values: Mapping[str, Any], key: str, path: pathlib.Path) -> tuple[int, ...]:
+    """Return the ids that ``values`` have by ``key``: a single id, a list, or none.
+
+    Raises :class:`CorruptWeightsError`.
+    """
+    value = values.get(key)
     found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
     if len(found) > MAX_NAMED:
-        raise CorruptWeightsError(path, f"{len(found)} token ids are listed where at most {MAX_NAMED} are taken")
+        raise CorruptWeightsError(path, f"{key} lists {len(found)} tokens where at most {MAX_NAMED} are taken")
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
-        raise CorruptWeightsError(path, f"token ids {quoted(value)} are not numbers")
+        raise CorruptWeightsError(path, f"{key} is {quoted(value)}, not token ids")
     return tuple(token for token in found if 0 <= token < 1 << 31)
 
 
 def folder_ends(folder: pathlib.Path, configs: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
     """Return the end tokens of a model in ``folder``: first the ones that its ``configs`` name, in order."""
     path = folder / "config.json"
-    named = [token for config in configs for token in token_ids(config.get("eos_token_id"), path)]
+    named = [token for config in configs for token in token_ids(config, "eos_token_id", path)]
     tokenizer = _read(folder / "tokenizer.json", _TokenizerFile)
     added = {token.content: token.id for token in tokenizer.added_tokens}
     if not (folder / "tokenizer.json").exists() and (folder / "tekken.json").exists():
@@ -109,7 +113,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 def gguf_ends(metadata: Mapping[str, Any], path: pathlib.Path) -> tuple[int, ...]:
     """Return the end tokens of a GGUF file."""
-    named = [token for kind in GGUF_ENDS for token in token_ids(metadata.get(f"tokenizer.ggml.{kind}_token_id"), path)]
+    named = [token for kind in GGUF_ENDS for token in token_ids(metadata, f"tokenizer.ggml.{kind}_token_id", path)]
     tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     special = {}
     if isinstance(tokens, list) and isinstance(kinds, list):

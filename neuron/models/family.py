@@ -58,14 +58,16 @@ def attention_of(fields: Fields, rope_theta: float = 1e4, *, partial: float = 1.
     heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
     kv_heads = fields.size("num_key_value_heads", heads)
     head_dim = fields.size("head_dim", max(hidden // heads, 1))
-    if max(heads, kv_heads) * head_dim > MAX_WIDTH:
-        raise ValueError(f"{heads} heads of {head_dim} are wider than any model's")
-    usual = {
-        "norm": norm_of(fields),
-        "scale": head_dim**-0.5,
-        "rope": rope_of(fields, head_dim, rope_theta, partial=partial),
-    }
-    return Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **{**usual, **differences})
+    rotated = ("rotary_dim",) if fields.value("rotary_dim") is not None else ()
+    with fields.sizes("num_attention_heads", "num_key_value_heads", "head_dim", *rotated):
+        if max(heads, kv_heads) * head_dim > MAX_WIDTH:
+            raise ValueError(f"{heads} heads of {head_dim} are wider than any model's")
+        usual = {
+            "norm": norm_of(fields),
+            "scale": head_dim**-0.5,
+            "rope": rope_of(fields, head_dim, rope_theta, partial=partial),
+        }
+        return Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **{**usual, **differences})
 
 
 def mlp_of(fields: Fields, **differences: Any) -> GatedMlp:
@@ -83,10 +85,11 @@ def experts_of(
 ) -> Experts:
     """Return the usual experts, whose router differs by ``picks``."""
     key = next((key for key in EXPERT_KEYS if fields.value(key) is not None), EXPERT_KEYS[0])
-    router = Router(fields.size(key), fields.size("num_experts_per_tok"), **picks)
     num_layers = fields.size("num_hidden_layers")
-    if router.num_experts * num_layers > MAX_EXPERT_MATRICES:
-        raise ValueError(f"{router.num_experts} experts in {num_layers} layers are more than any model has")
+    with fields.sizes(key, "num_experts_per_tok", "num_hidden_layers"):
+        router = Router(fields.size(key), fields.size("num_experts_per_tok"), **picks)
+        if router.num_experts * num_layers > MAX_EXPERT_MATRICES:
+            raise ValueError(f"{router.num_experts} experts in {num_layers} layers are more than any model has")
     width = fields.size("moe_intermediate_size")
     return Experts(norm_of(fields), router, width, shared, transposed, gguf_norm)
 
@@ -126,9 +129,10 @@ def decoder_of(
         raise UnsupportedArchitectureError(f"{path}: biases in the MLP are not supported")
     if values.get("attn_logit_softcapping") or values.get("use_bidirectional_attention"):
         raise UnsupportedArchitectureError(f"{path}: attention with a soft cap, or both ways, is not supported")
-    found = values.get("hidden_activation") or values.get("hidden_act") or activation
+    key = "hidden_activation" if values.get("hidden_activation") else "hidden_act"
+    found = values.get(key) or activation
     if found != activation:
-        raise UnsupportedArchitectureError(f"{path}: activation {quoted(found)} is not supported")
+        raise UnsupportedArchitectureError(f"{path}: {key} {quoted(found)} is not supported")
     norm = attentions[0].norm
     vocab_size = fields.size("vocab_size")
     return ModelConfig(
@@ -148,7 +152,9 @@ def kinds_of(fields: Fields, other: str = WINDOWED) -> tuple[str, ...]:
     kinds, num_layers = fields.layer_kinds(), fields.size("num_hidden_layers")
     if kinds and (len(kinds) != num_layers or set(kinds) - {other, NOT_WINDOWED}):
         raise CorruptWeightsError(
-            fields.path, f"{fields.key('layer_types')} does not name a known kind for each of {num_layers} layers"
+            fields.path,
+            f"{fields.key('layer_types')} does not name a known kind for each layer, and "
+            f"{fields.key('num_hidden_layers')} is {num_layers}",
         )
     return kinds
 

@@ -4,12 +4,13 @@ Families read both formats by the keys of ``config.json``; GGUF's names of the s
 """
 
 import abc
+import contextlib
 import copy
 import math
 import os
 import pathlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Self
 
 from neuron.models.errors import CorruptWeightsError
@@ -112,6 +113,15 @@ class Fields(abc.ABC):
     def value(self, name: str) -> Any:
         """Return the value of a key as it is; ``None`` where there is none."""
         return self.values.get(self.key(name))
+
+    @contextlib.contextmanager
+    def sizes(self, *names: str) -> Iterator[None]:
+        """Name these keys, and their values, in a ``ValueError`` of the block: sizes that do not fit each other."""
+        try:
+            yield
+        except ValueError as error:
+            found = [f"{self.key(name)} is {quoted(self.value(name))}" for name in names]
+            raise CorruptWeightsError(self.path, f"{', '.join(found)}: {error}") from error
 
     @abc.abstractmethod
     def rope_fields(self, kind: str = NOT_WINDOWED) -> "Fields":

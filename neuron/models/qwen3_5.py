@@ -12,6 +12,7 @@ from neuron.layers.experts import Experts, SharedExpert
 from neuron.layers.gated_delta import GatedDelta
 from neuron.layers.layer import Layer
 from neuron.layers.mlp import GatedMlp
+from neuron.layers.norm import Norm
 from neuron.models.errors import UnsupportedArchitectureError
 from neuron.models.family import Family, attention_of, decoder_of, experts_of, kinds_of, mlp_of, norm_of
 from neuron.models.fields import MAX_WIDTH, NOT_WINDOWED, RECURRENT, Fields, GgufFields
@@ -48,13 +49,20 @@ def gated_experts(fields: Fields, *, normalise: bool) -> Experts:
 def num_layers(fields: Fields) -> int:
     """Return the number of layers without the heads that draft tokens, which GGUF counts."""
     found = fields.size("num_hidden_layers")
-    return found - _num_drafting(fields) if isinstance(fields, GgufFields) else found
+    if not isinstance(fields, GgufFields):
+        return found
+    with fields.sizes("num_hidden_layers", "num_nextn_predict_layers"):
+        if found <= _num_drafting(fields):
+            raise ValueError("no layer is left beside those that draft tokens")
+    return found - _num_drafting(fields)
 
 
 def hybrid(name: str, fields: Fields, feed_forward: tuple[Layer, ...], **differences: Any) -> ModelConfig:
     """Return a model of gated delta nets, with ``differences``, and gated attention, each before its feed-forward."""
     if not fields.flag("attn_output_gate", True):
-        raise UnsupportedArchitectureError(f"{fields.path}: attention without a gate is not supported")
+        raise UnsupportedArchitectureError(
+            f"{fields.path}: attn_output_gate is false, and attention without a gate is not supported"
+        )
     found = fields.value("output_gate_type")
     if found not in (None, "swish", "silu"):
         raise UnsupportedArchitectureError(f"{fields.path}: output_gate_type {quoted(found)} is not supported")
@@ -62,23 +70,15 @@ def hybrid(name: str, fields: Fields, feed_forward: tuple[Layer, ...], **differe
     attention = attention_of(
         fields, partial=0.25, norm=norm, qk_norm=True, gated=True, qkv_bias=has_bias, output_bias=has_bias
     )
-    key_heads, heads = fields.size("linear_num_key_heads"), fields.size("linear_num_value_heads")
-    value_dim = fields.size("linear_value_width", 0) // heads or fields.size("linear_value_head_dim")
-    delta = GatedDelta(
-        norm,
-        key_heads,
-        heads,
-        fields.size("linear_key_head_dim"),
-        value_dim,
-        fields.size("linear_conv_kernel_dim"),
-        **differences,
-    )
-    if max(key_heads * delta.key_dim, heads * value_dim, delta.width) > MAX_WIDTH:
-        raise ValueError(f"{heads} heads of {delta.key_dim} and {value_dim} are wider than any model's")
+    delta = _delta_of(fields, norm, **differences)
     count, every = len(feed_forward), fields.size("full_attention_interval", 4)
     kinds = kinds_of(fields, RECURRENT) or [RECURRENT if (i + 1) % every else NOT_WINDOWED for i in range(count)]
-    if NOT_WINDOWED not in kinds:
-        raise UnsupportedArchitectureError(f"{fields.path}: a model without a layer of attention is not supported")
+    if NOT_WINDOWED not in kinds[:count]:
+        raise UnsupportedArchitectureError(
+            f"{fields.path}: none of {count} layers ({fields.key('num_hidden_layers')} less "
+            f"{fields.key('num_nextn_predict_layers')}) has attention by {fields.key('layer_types')} or a "
+            f"full_attention_interval of {every}, which is not supported"
+        )
     mixers = [delta if kind == RECURRENT else attention for kind in kinds[:count]]
     drafting = range(count, count + _num_drafting(fields))
     return decoder_of(
@@ -87,6 +87,21 @@ def hybrid(name: str, fields: Fields, feed_forward: tuple[Layer, ...], **differe
         list(zip(mixers, feed_forward, strict=True)),
         unused=("mtp.", *(f"blk.{number}." for number in drafting)),
     )
+
+
+def _delta_of(fields: Fields, norm: Norm, **differences: Any) -> GatedDelta:
+    """Return the gated delta net; GGUF has the width of all values in place of a head's."""
+    width_key = "linear_value_width" if isinstance(fields, GgufFields) else "linear_value_head_dim"
+    of_heads = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")
+    names = (*of_heads, width_key, "linear_conv_kernel_dim")
+    key_heads, heads, key_dim, width, conv_width = (fields.size(name) for name in names)
+    with fields.sizes(*names):
+        value_dim, rest = divmod(width, heads) if width_key == "linear_value_width" else (width, 0)
+        if rest:
+            raise ValueError(f"{width} values cannot be shared out to {heads} heads")
+        if max(key_heads * key_dim, heads * value_dim, conv_width) > MAX_WIDTH:
+            raise ValueError(f"{heads} heads of {key_dim} and {value_dim} are wider than any model's")
+        return GatedDelta(norm, key_heads, heads, key_dim, value_dim, conv_width, **differences)
 
 
 def _num_drafting(fields: Fields) -> int:

@@ -37,8 +37,11 @@ def rope_of(
     ``theta`` is its base and ``partial`` the part of a head that is rotated, unless the file has others. Raises as
     :func:`scaling_of`, and ``ValueError`` for sizes that do not fit.
     """
-    if fields.size("value_dim", head_dim) != head_dim:
-        raise UnsupportedArchitectureError(f"{fields.path}: keys and values of different sizes are not supported")
+    if (value_dim := fields.size("value_dim", head_dim)) != head_dim:
+        raise UnsupportedArchitectureError(
+            f"{fields.path}: {fields.key('head_dim')} is {head_dim} and {fields.key('value_dim')} is {value_dim}; "
+            "keys and values of different sizes are not supported"
+        )
     own = fields.rope_fields(kind)
     base = own.number("rope_theta", theta, least=1.0, most=MAX_ROPE_THETA)
     part = int(head_dim * own.number("partial_rotary_factor", partial, most=1.0))

@@ -122,7 +122,7 @@ def test_gguf_metadata(smollm2_gguf: pathlib.Path) -> None:
         ({"num_key_value_heads": 5}, CorruptWeightsError, "5 key-value heads"),
         ({"head_dim": 7}, CorruptWeightsError, "7 of 7 elements"),
         ({"rms_norm_eps": "small"}, CorruptWeightsError, "rms_norm_eps"),
-        ({"eos_token_id": "</s>"}, CorruptWeightsError, "token ids"),
+        ({"eos_token_id": "</s>"}, CorruptWeightsError, "eos_token_id is"),
         ({"tie_word_embeddings": 1}, CorruptWeightsError, "tie_word_embeddings"),
     ],
 )

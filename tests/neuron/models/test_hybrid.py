@@ -118,11 +118,11 @@ def test_gguf_tells_which_layers_are_recurrent(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attn_output_gate": False}, "attention without a gate"),
+        ({"attn_output_gate": False}, "attn_output_gate is false"),
         ({"output_gate_type": "tanh"}, "output_gate_type 'tanh'"),
         ({"linear_num_value_heads": 3}, "3 value heads cannot share 2 key heads"),
         ({"linear_conv_kernel_dim": 1}, "a convolution of 1 tokens"),
-        ({"layer_types": ["linear_attention"] * 4}, "without a layer of attention"),
+        ({"layer_types": ["linear_attention"] * 4}, "has attention by layer_types"),
         ({"layer_types": ["linear_attention"] * 3 + ["mamba"]}, "layer_types does not name"),
         ({"linear_key_head_dim": 1 << 20}, "linear_key_head_dim is 1048576"),
     ],
