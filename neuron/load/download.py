@@ -148,7 +148,9 @@ def check_space(folder: pathlib.Path, needed_bytes: int, name: str) -> None:
     """Raise :class:`DiskFullError` if the disk of ``folder`` has not ``needed_bytes`` free."""
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
-        raise DiskFullError(f"{name} needs {needed_bytes} bytes; {folder} has {free_bytes} bytes free.")
+        has = f"{folder} has {free_bytes / 1e9:.2f} GB free"
+        advice = "make room, or move the cache (HF_HOME, cache in neuron.toml)"
+        raise DiskFullError(f"{name} needs {needed_bytes / 1e9:.2f} GB; {has}: {advice}.")
 
 
 class _Part:
@@ -303,7 +305,8 @@ def _wait(remote: RemoteFile, attempt: int, error: _CutError) -> None:
     """Wait before the next attempt, longer after each that brought nothing; raise after ``MAX_ATTEMPTS``."""
     if attempt >= MAX_ATTEMPTS or error.after_s > MAX_WAIT_S:
         raise SourceUnavailableError(
-            f"The download of {remote.name} failed: {error}.", retry_after_s=max(error.after_s, MAX_WAIT_S)
+            f"The download of {remote.name} failed: {error}; what has come is kept, and the next one resumes it.",
+            retry_after_s=max(error.after_s, MAX_WAIT_S),
         ) from error
     time.sleep(max(error.after_s, min(MAX_WAIT_S, 2.0**attempt / 4) * random.uniform(0.5, 1.0)))
 

