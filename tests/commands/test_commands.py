@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 import pytest
 
-from cortex import api_description, cli
+from cortex import api_description, cli, launch
 from neuron import cli as neuron_cli
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def check_make(words: list[str]) -> None:
 def check_parser(parser: argparse.ArgumentParser) -> Callable[[list[str]], None]:
     def check(words: list[str]) -> None:
         with no_exit(shlex.join(words)):
-            parser.parse_args(words[1:])
+            parser.parse_args(launch.split_words(words[1:])[0])
 
     return check
 
