@@ -56,6 +56,12 @@ class FitAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_tokens: Count = 0
 
 
+class KnownReport(msgspec.Struct, frozen=True):
+    """``GET /admin/models/known``."""
+
+    models: tuple[KnownModel, ...]
+
+
 class PullAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /admin/models/pull``: without ``node``, on the one where it would be loaded."""
 
@@ -104,7 +110,7 @@ class ModelAdmin:
         """``POST /admin/models/fit``."""
         asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), FitAct)
         await self._service.dispatcher.first_look()
-        offered = naming.find(asked.model, self._service.catalogue, self._fleet.state)
+        offered = naming.find(asked.model, self._service.catalogue, self._fleet.state, self._known)
         if offered is not None:
             await exchange.reply(200, msgspec.json.encode(FitReport(offered, offered=True)))
             return
@@ -112,6 +118,10 @@ class ModelAdmin:
         profile = msgspec.structs.replace(profile, context_tokens=asked.context_tokens)
         self._check_id(profile)
         await exchange.reply(200, msgspec.json.encode(await self._fitted(profile, asked.node)))
+
+    async def known(self, exchange: Exchange) -> None:
+        """``GET /admin/models/known``: the models that are known by a short name."""
+        await exchange.reply(200, msgspec.json.encode(KnownReport(tuple(self._known.values()))))
 
     async def pull(self, exchange: Exchange) -> None:
         """``POST /admin/models/pull``: returns when a node has downloaded the files of a model of the catalogue."""

@@ -2,7 +2,7 @@
 
 from cortex import __version__
 from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, KeysReport, ModelAct, PinAct
-from cortex.admin_models import FitAct, FitReport, PullAct, Removed
+from cortex.admin_models import FitAct, FitReport, KnownReport, PullAct, Removed
 from cortex.config import ModelProfile
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
 from cortex.dialects import openapi
@@ -49,6 +49,7 @@ OPERATIONS = (
     Operation("GET", "/admin/keys", "Report the keys, their limits and use.", KeysReport),
     Operation("GET", "/admin/models", "List the models, where they are and how they are sampled.", FullOfferList),
     Operation("POST", "/admin/models", "Add a model to the catalogue.", ModelProfile, ModelProfile),
+    Operation("GET", "/admin/models/known", "List the models that are known by a short name.", KnownReport),
     Operation("POST", "/admin/models/fit", "Choose a node, and weights that fit there.", FitReport, FitAct),
     Operation("POST", "/admin/models/pull", "Download the files of a model.", Acted, PullAct),
     Operation("DELETE", "/admin/models/{model}", "Remove an added model.", Removed),

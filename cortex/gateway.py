@@ -171,6 +171,7 @@ class Gateway:
             "/admin/fleet": {"GET": admin.fleet},
             "/admin/keys": {"GET": admin.keys},
             "/admin/models": {"GET": endpoints.all_models, "POST": changes.add},
+            "/admin/models/known": {"GET": changes.known},
             "/admin/models/fit": {"POST": changes.fit},
             "/admin/models/pull": {"POST": changes.pull},
             "/admin/models/load": {"POST": admin.load},

@@ -46,11 +46,12 @@ class LocalDaemons:
 
 @contextlib.contextmanager
 def local_daemons(
-    folder: pathlib.Path, *, devices: str = "auto", models: str = "", settings: str = ""
+    folder: pathlib.Path, *, devices: str = "auto", models: str = "", settings: str = "", uses_neuron: bool = False
 ) -> Iterator[LocalDaemons]:
     """Run both daemons for the block, and yield them once a model can be loaded.
 
-    ``models`` is the catalogue as TOML, ``settings`` are tables of ``cortex.toml``. SIGTERM is a
+    ``models`` is the catalogue as TOML, ``settings`` are tables of ``cortex.toml``. With ``uses_neuron``, a neuron that
+    runs at the default port is the node, and none is started. SIGTERM is a
     :class:`KeyboardInterrupt` in the block, so that the daemons end with the command.
 
     Raises:
@@ -58,7 +59,9 @@ def local_daemons(
     """
     _check_commands()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    is_there = uses_neuron and (_get(NEURON_PORT, "/version") or {}).get("name") == "neuron"
     gateway, metrics, neuron = _ports()
+    neuron = NEURON_PORT if is_there else neuron
     (folder / "cortex.toml").write_text(
         f'gateway.listen = "127.0.0.1:{gateway}"\ngateway.metrics_listen = "127.0.0.1:{metrics}"\n'
         f'neurons = [{{ name = "local", endpoint = "http://127.0.0.1:{neuron}" }}]\n\n{settings}'
@@ -70,7 +73,7 @@ def local_daemons(
             stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _interrupt))
         node = _process(folder, "neuron", "--devices", devices, "--config", f"{folder}/neuron.toml")
         server = _process(folder, "cortex", "serve", "--config", f"{folder}/cortex.toml")
-        processes = [stack.enter_context(node), stack.enter_context(server)]
+        processes = [stack.enter_context(each) for each in ([server] if is_there else [node, server])]
         daemons = LocalDaemons(folder, f"http://127.0.0.1:{gateway}", processes)
         _wait_until_ready(daemons, gateway, neuron)
         yield daemons

@@ -132,7 +132,8 @@ def start_if_needed(options: argparse.Namespace, stack: contextlib.ExitStack) ->
         is_configured = options.url or options.config or config.find(os.environ) is not None
         if error.status or is_configured or options.no_start:
             raise
-        if not _agrees(f"{error.reason.partition(':')[0]}. Start one here with a neuron, while this command runs?"):
+        url = gateway_client.url_of_gateway(options)
+        if not _agrees(f"No gateway answers at {url}. Start one here, with a neuron, while this command runs?"):
             raise
     else:
         return
@@ -145,7 +146,7 @@ def start_if_needed(options: argparse.Namespace, stack: contextlib.ExitStack) ->
         )
     preparation.say("starting a neuron and a gateway on this machine")
     began = time.monotonic()
-    options.url = stack.enter_context(local_daemons(folder)).url
+    options.url = stack.enter_context(local_daemons(folder, uses_neuron=True)).url
     preparation.say(
         f"started in {time.monotonic() - began:.0f} s at {options.url}. They end with this command; to keep them, run "
         "`neuron` and `cortex serve`, or install them as services (docs/operating.md)."

@@ -27,10 +27,14 @@ MAX_ID = 128
 MAX_MATCHES = 3
 
 
-def find(name: str, catalogue: Catalogue, state: FleetState) -> ModelProfile | None:
-    """Return the model of the catalogue or of a node that a name or a source means; ``None`` if it is a new one."""
+def find(name: str, catalogue: Catalogue, state: FleetState, known: Mapping[str, KnownModel]) -> ModelProfile | None:
+    """Return the model of the catalogue or of a node that a name or a source means; ``None`` if it is a new one.
+
+    An alias with a ``*`` matches what means nothing else, so neither a source nor a known model.
+    """
     model = catalogue.resolve(name)
-    if model not in catalogue.profiles and (prefixed := catalogue.match(name)) is not None:
+    is_new = name.startswith((*SCHEMES, *PATHS)) or name.partition(":")[0].lower() in known
+    if model not in catalogue.profiles and not is_new and (prefixed := catalogue.match(name)) is not None:
         model = prefixed
     if model in catalogue.profiles:
         return catalogue.profiles[model]

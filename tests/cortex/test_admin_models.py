@@ -1,7 +1,9 @@
 """Models that are added by command: the fit over a fleet, the file of added models, and what both refuse."""
 
+import asyncio
 import json
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -71,11 +73,19 @@ def test_what_the_catalogue_has_is_found_by_id_alias_and_source() -> None:
     offered = Catalogue({"m": ModelProfile(id="m", source="hf:o/n:Q4_0")}, {"alias": "m"}, prefixes={"any-": "m"})
     state = FleetState.of(())
     for name in ("m", "alias", "any-thing", "hf:o/n", "hf:o/n:Q4_0"):
-        found = naming.find(name, offered, state)
+        found = naming.find(name, offered, state, {})
         assert found is not None, name
         assert found.id == "m"
     for name in ("n", "hf:o/n:Q8_0", "hf:o/other"):
-        assert naming.find(name, offered, state) is None, name
+        assert naming.find(name, offered, state, {}) is None, name
+
+
+def test_an_alias_for_all_names_leaves_sources_and_known_models_to_be_added() -> None:
+    offered = Catalogue({"m": ModelProfile(id="m", source="/w")}, {}, prefixes={"": "m"})
+    found = {name: naming.find(name, offered, FleetState.of(()), known_models()) for name in ("gpt-5", "qwen3-4b:Q8_0")}
+    assert found == {"gpt-5": offered.profiles["m"], "qwen3-4b:Q8_0": None}
+    for source in ("hf:o/n", "pypi:w==1", "/w2"):
+        assert naming.find(source, offered, FleetState.of(()), known_models()) is None
 
 
 # ------------------------------------------------------------------ the file
@@ -92,6 +102,14 @@ def test_added_models_are_kept_and_removed(tmp_path: pathlib.Path) -> None:
     added.remove(path, "o")
     assert added.read(path).models == (PROFILE,)
     assert {file.name for file in path.parent.iterdir()} == {"added-models.json", ".added-models.json.lock"}
+
+
+def test_processes_that_add_at_once_lose_nothing(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "added.json"
+    names = [f"m{number}" for number in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: added.add(path, ModelProfile(id=name, source="/w")), names))
+    assert sorted(profile.id for profile in added.read(path).models) == sorted(names)
 
 
 def test_the_operators_file_wins(tmp_path: pathlib.Path) -> None:
@@ -191,6 +209,26 @@ async def test_a_model_is_fitted_added_loaded_and_removed(tmp_path: pathlib.Path
             assert "n" not in large.models
         async with Running(path) as gateway:
             await gateway.until_named("mine")
+
+
+async def test_what_another_worker_added_is_loaded_at_once(tmp_path: pathlib.Path) -> None:
+    async with FakeNode("a").serving() as node:
+        path = write_config(tmp_path, node, gateway="reload_check_s = 0")
+        async with Running(path) as first, Running(path) as second:
+            for gateway in (first, second):
+                async with asyncio.timeout(10):
+                    while not (await gateway.get("/health"))["nodes_up"]:
+                        await asyncio.sleep(0.02)
+            body = b'{"id": "n", "source": "/w"}'
+            assert (await first.call("POST", "/admin/models", body)).status == 200
+            assert (await second.call("POST", "/admin/models/load", b'{"model": "n"}')).status == 200
+            assert (await second.call("POST", "/admin/models/load", b'{"model": "o"}')).status == 404
+
+
+async def test_known_models_are_listed() -> None:
+    async with rig(FakeNode()) as gateway:
+        listed = (await gateway.call("GET", "/admin/models/known").end()).json()["models"]
+        assert {model["name"] for model in listed} == set(known_models())
 
 
 async def test_a_context_is_demanded_where_models_are_evicted_for_it() -> None:
