@@ -50,13 +50,19 @@ def families(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_model(name: str, folder: pathlib.Path) -> pathlib.Path:
-    """Write a model with a recurrent state or with a latent cache."""
+    """Return a trained model, or write one with a recurrent state or with a latent cache."""
+    if name in hybrid_models.TRAINED:
+        return hybrid_models.TRAINED[name]
     return cached_layers.make_model(folder) if name == "latent" else hybrid_models.make_model("small", folder)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model("recurrent", tmp_path_factory.mktemp("recurrent"))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A small model with random weights, unless a test is of others."""
+    return make_model(getattr(request, "param", "recurrent"), tmp_path_factory.mktemp("recurrent"))
+
+
+also_trained = pytest.mark.parametrize("folder", ["recurrent", "qwen3_5"], indirect=True)
 
 
 @pytest.fixture(params=["eager", "graphs"])
@@ -220,6 +226,7 @@ def test_a_wrong_state_is_seen(load: Callable[..., Any], monkeypatch: pytest.Mon
     assert cached(driver) == [144]
 
 
+@also_trained
 def test_preemption_changes_no_logits(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 0)
     prompts = [TEXT[20 * number :][:100] for number in range(3)]
@@ -247,6 +254,7 @@ def test_a_few_slots_change_no_logits(load: Callable[..., Any]) -> None:
     assert pool.num_free == pool.num_pages - num_held
 
 
+@also_trained
 def test_multi_step_decodes_leave_states_of_other_rows_alone(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,7 +485,7 @@ def address() -> str:
         return f"127.0.0.1:{trial.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("name", ["recurrent", "latent"])
+@pytest.mark.parametrize("name", ["recurrent", "latent", *hybrid_models.TRAINED])
 def test_two_ranks_have_the_tokens_of_one(
     name: str, tmp_path: pathlib.Path, harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
