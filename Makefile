@@ -259,7 +259,7 @@ bench-gpu: $(VENV)/editable
 	$(BENCH) bench/gpu/run.py --keep $(if $(PART),--part $(PART))
 
 rehearse-gpu: $(VENV)/triton
-	PYTHONPATH=tests/support $(BENCH) bench/gpu/run.py --rehearse
+	$(BENCH) bench/gpu/run.py --rehearse
 
 # Gateways that cortex is compared with, pinned, in an environment of their own. nginx and wrk come from Debian where this
 # may install them.

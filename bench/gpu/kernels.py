@@ -5,11 +5,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import kernel_cases
 import torch
 from devices import Gpu
 from sizes import Sizes
 
-from neuron.triton_kernels import cases, launch, moe_routing
+from neuron.triton_kernels import launch, moe_routing
 from neuron.triton_kernels.activation import gated_activation
 from neuron.triton_kernels.batch import AttentionParameters, PagedCache
 from neuron.triton_kernels.cache_codes import FORMATS as FORMATS_OF_CACHES
@@ -58,7 +59,7 @@ def copy_gb_s(gpu: Gpu, sizes: Sizes) -> float:
 
 def numbers(gpu: Gpu) -> Rows:
     """Yield whether each kernel is right, on fresh inputs; a kernel that fails to run is wrong."""
-    for case in cases.numeric_cases():
+    for case in kernel_cases.numeric_cases():
         if case.dtype == torch.float32 and case.name not in EXACT:
             continue
         if gpu.rehearses and case.name not in QUICK:

@@ -28,7 +28,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "gpu")]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "gpu"), str(ROOT / "tests" / "support")]
 
 import report  # noqa: E402
 

@@ -1,6 +1,6 @@
 """``make check-kernels``: check the numbers and the machine code of the kernels.
 
-Numbers: every case of :mod:`neuron.triton_kernels.cases` in Triton's interpreter, with the tiles of sm_80 and of sm_90,
+Numbers: every case of ``kernel_cases`` in Triton's interpreter, with the tiles of sm_80 and of sm_90,
 against the eager reference; in a process of its own, because the interpreter is chosen when Triton is imported.
 Machine code: every variant of these cases compiled for five compute capabilities. Failures are a stack (spills), STL or
 LDL, more shared memory than the GPU has, on sm_90 no HGMMA in the large matmul or in prefill attention, and a dependent
@@ -24,11 +24,11 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+import kernel_cases
 import torch
 import triton
 import triton_interpreter
 
-from neuron.triton_kernels import cases
 from neuron.triton_kernels.compile import Compiled, KernelCache, KernelCompileError, compile_variant
 from neuron.triton_kernels.launch import SHARED_BYTES, Target, Variant, recording, target_for, targeting
 
@@ -175,7 +175,7 @@ def _on_file(tool: str, cubin: bytes, *options: str) -> str:
 def all_variants(capability: int) -> tuple[Variant, ...]:
     """Return the variants that the machine-code check covers on one GPU."""
     with recording(target_for(capability)) as recorder:
-        cases.launch_everything()
+        kernel_cases.launch_everything()
     return recorder.variants
 
 
@@ -186,7 +186,7 @@ def check_numbers(name_part: str = "") -> int:
     start = time.monotonic()
     worst: dict[str, float] = {}
     for target in NUMERIC_TARGETS:
-        for case in cases.numeric_cases():
+        for case in kernel_cases.numeric_cases():
             if name_part not in case.name:
                 continue
             torch.manual_seed(num_cases)

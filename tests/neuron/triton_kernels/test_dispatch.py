@@ -12,6 +12,8 @@ from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.operations import EAGER, KERNELS
 
 CUDA = torch.device("cuda", 0)
+_PATH = os.pathsep.join([str(pathlib.Path(__file__).parents[2] / "support"), os.environ.get("PYTHONPATH", "")])
+WITH_SUPPORT = {**os.environ, "PYTHONPATH": _PATH}
 
 
 def test_the_cpu_and_float32_stay_eager() -> None:
@@ -34,12 +36,14 @@ def test_a_host_without_cuda_imports_no_triton() -> None:
 def test_kernels_are_listed_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from neuron.triton_kernels import cases, launch\n"
+        "import kernel_cases\n"
+        "from neuron.triton_kernels import launch\n"
         "with launch.recording(launch.target_for(90)) as recorder:\n"
-        "    cases.launch_everything()\n"
+        "    kernel_cases.launch_everything()\n"
         "print(len(recorder.variants) > 100)\n"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, env=WITH_SUPPORT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 
 
@@ -111,9 +115,7 @@ for lengths, decodes in (([(1, 20), (1, 3)], 2), ([(1, 33), (70, 70), (5, 21)], 
 )  # fmt: skip
 def test_a_forward_pass_by_kernels_is_the_eager_one(architecture: str, quant: str) -> None:
     pytest.importorskip("triton")
-    support = str(pathlib.Path(__file__).parents[2] / "support")
-    path = os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    environment = {**WITH_SUPPORT, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-P", "-c", FORWARD, architecture, quant]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
