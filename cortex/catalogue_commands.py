@@ -4,7 +4,6 @@ Each prints tables of at most 80 columns, or JSON. ``search`` needs no gateway.
 """
 
 import argparse
-import dataclasses
 import functools
 import sys
 import urllib.parse
@@ -20,40 +19,29 @@ from cortex.known_models import KnownModel, known_models, search
 from cortex.preparation import read
 
 
-@dataclasses.dataclass(frozen=True)
-class _Command:
-    name: str
-    help: str
-    run: Callable[[argparse.Namespace], int]
-
-
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands to a parser."""
 
-    def add(command: _Command, *, asks: bool = True) -> argparse.ArgumentParser:
-        parser = commands.add_parser(command.name, help=command.help)
-        if asks:
-            gateway_client.add_options(parser)
+    def add(name: str, help_text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, help=help_text)
         parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.set_defaults(run=functools.partial(_run, command.run))
+        parser.set_defaults(run=functools.partial(_run, run))
         return parser
 
-    preparation.add_arguments(add(_Command("pull", "choose where a model fits, and download it there", _pull)))
-    preparation.add_arguments(add(_Command("show", "show a model, or what would be chosen of it and where", _show)))
-    removal = add(_Command("rm", "remove an added model from the catalogue, and unload it", _remove))
+    pull = add("pull", "choose where a model fits, and download it there", _pull)
+    show = add("show", "show a model, or what would be chosen of it and where", _show)
+    removal = add("rm", "remove an added model from the catalogue, and unload it", _remove)
+    for parser in (pull, show, removal, add("ps", "show the models that are loaded", _ps)):
+        gateway_client.add_options(parser)
+    for parser in (pull, show):
+        preparation.add_arguments(parser)
     removal.add_argument("model")
-    add(_Command("ps", "show the models that are loaded", _ps))
-    listing = add(_Command("search", "list the known models that have all words", _search), asks=False)
-    listing.add_argument("words", nargs="*")
+    add("search", "list the known models that have all words", _search).add_argument("words", nargs="*")
 
 
 def _run(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Run a command; its errors are the gateway's reasons alone."""
-    try:
-        with preparation.of_gateway():
-            return command(options)
-    except GatewayError as error:
-        raise GatewayError(error.reason, error.status) from None
+    with gateway_client.reasons_alone(), preparation.of_gateway():
+        return command(options)
 
 
 def _pull(options: argparse.Namespace) -> int:
@@ -105,22 +93,19 @@ def _ps(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    found = search(" ".join(options.words), known_models())
+    words = " ".join(options.words)
+    found = search(words, known_models())
+    if not found and not options.json:
+        raise GatewayError(f"no known model has {words!r}; any repository can be named: cortex run hf:OWNER/NAME")
     rows = [
         {
-            "name": model.name,
-            "parameters": _billions(model.parameters),
-            "gb": model.weights_bytes(model.usual_quant) / 1e9,
-            "context": model.context_tokens,
-            "capabilities": list(model.capabilities),
-            "license": model.license,
+            **msgspec.to_builtins(model),
+            "size": _billions(model.parameters),
+            "bytes": model.weights_bytes(),
         }
         for model in found
     ]
-    if not found and not options.json:
-        words = " ".join(options.words)
-        raise GatewayError(f"no known model has {words!r}; any repository can be named: cortex run hf:OWNER/NAME")
-    return _print(options, [msgspec.to_builtins(model) for model in found], lambda: report.print_known(rows))
+    return _print(options, rows, lambda: report.print_known(rows))
 
 
 def _billions(parameters: int) -> str:

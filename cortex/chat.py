@@ -65,7 +65,9 @@ class Chat:
                     self._command(question)
                 elif question:
                     self._answer(question)
-            except (GatewayError, ConfigError, ValueError) as error:
+            except GatewayError as error:
+                self._print(printable(error.reason))
+            except (ConfigError, ValueError) as error:
                 self._print(printable(str(error)))
             except KeyboardInterrupt:  # of a load: it goes on in its node
                 self._print("")

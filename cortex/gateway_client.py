@@ -38,6 +38,15 @@ class GatewayError(Exception):
         self.reason = reason or message
 
 
+@contextlib.contextmanager
+def reasons_alone() -> Iterator[None]:
+    """Reduce the errors of the block to the gateway's own reasons, for commands that newcomers type."""
+    try:
+        yield
+    except GatewayError as error:
+        raise GatewayError(error.reason, error.status) from None
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where the gateway is."""
     address = parser.add_mutually_exclusive_group()

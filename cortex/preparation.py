@@ -43,7 +43,7 @@ def prepare(options: argparse.Namespace, model: str, *, loads: bool = True) -> s
     """Return the id of a model that is ready, or only in the catalogue and downloaded without ``loads``.
 
     Raises:
-        GatewayError: it cannot be; the message is the gateway's reason.
+        GatewayError: it cannot be.
     """
     try:
         with of_gateway():
@@ -51,7 +51,7 @@ def prepare(options: argparse.Namespace, model: str, *, loads: bool = True) -> s
     except GatewayError as error:
         if error.status in DENIED and loads and _is_offered(options, model):
             return model  # who may not add models may use those that are there
-        raise GatewayError(error.reason, error.status) from None
+        raise
 
 
 def fitted(options: argparse.Namespace, model: str) -> dict[str, Any]:

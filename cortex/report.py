@@ -210,8 +210,8 @@ def print_known(rows: Sequence[Mapping[str, Any]], console: Console | None = Non
     console = console or standard_console()
     table = _table("Name", ">Size", ">GB", ">Context", "Can", "Licence")
     for row in rows:
-        can = " ".join(row["capabilities"])
-        _add(table, row["name"], row["parameters"], f"{row['gb']:.1f}", str(row["context"]), can, row["license"])
+        can, gb = " ".join(row["capabilities"]), f"{row['bytes'] / 1e9:.1f}"
+        _add(table, row["name"], row["size"], gb, str(row["context_tokens"]), can, row["license"])
     console.print(table)
 
 

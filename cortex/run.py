@@ -43,15 +43,12 @@ def _run(options: argparse.Namespace) -> int:
     question = _question(options.prompt)
     if options.json and question is None:
         raise ConfigError("--json", "", "is for one answer: give a prompt, or pipe one in")
-    with contextlib.ExitStack() as stack:
+    with gateway_client.reasons_alone(), contextlib.ExitStack() as stack:
         start_if_needed(options, stack)
         conversation = Conversation(options, preparation.prepare(options, options.model), options.system)
         conversation.settings = settings
         if question is not None:
-            try:
-                return _answer_once(conversation, question, as_json=options.json)
-            except GatewayError as error:
-                raise GatewayError(error.reason, error.status) from None
+            return _answer_once(conversation, question, as_json=options.json)
         folder = state_folder(os.environ)
         with history(None if folder is None else folder / HISTORY):
             Chat(conversation, lambda name: preparation.prepare(_of_other_model(options), name)).run()
@@ -75,7 +72,7 @@ def _question(words: list[str]) -> str | None:
     """Return the prompt with what is piped in; ``None`` for a chat."""
     parts = [" ".join(words)] if words else []
     if _is_piped():
-        parts.append(sys.stdin.read().strip())
+        parts.append(sys.stdin.buffer.read().decode(errors="replace").strip())
         if not any(parts):
             raise ConfigError("standard input", "", "is empty, and there is no prompt: type one after the model")
     return "\n\n".join(part for part in parts if part) or None

@@ -13,10 +13,10 @@ _cortex() {
         '') mapfile -t COMPREPLY < <(compgen -W 'serve run pull show rm ps search status models load unload forget pin drain dashboard reload keys launch demo -h --help --version' -- "$current") ;;
         serve) mapfile -t COMPREPLY < <(compgen -W '-h --help --config --listen --metrics-listen --workers --check' -- "$current") ;;
         run) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --context --node --id --system --set --json --no-start' -- "$current") ;;
-        pull) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --context --node --id' -- "$current") ;;
-        show) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --context --node --id' -- "$current") ;;
-        rm) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
-        ps) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
+        pull) mapfile -t COMPREPLY < <(compgen -W '-h --help --json --url --config --key-file --ca-file --context --node --id' -- "$current") ;;
+        show) mapfile -t COMPREPLY < <(compgen -W '-h --help --json --url --config --key-file --ca-file --context --node --id' -- "$current") ;;
+        rm) mapfile -t COMPREPLY < <(compgen -W '-h --help --json --url --config --key-file --ca-file' -- "$current") ;;
+        ps) mapfile -t COMPREPLY < <(compgen -W '-h --help --json --url --config --key-file --ca-file' -- "$current") ;;
         search) mapfile -t COMPREPLY < <(compgen -W '-h --help --json' -- "$current") ;;
         status) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --watch' -- "$current") ;;
         models) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;

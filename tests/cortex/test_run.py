@@ -2,13 +2,18 @@
 
 import argparse
 import contextlib
+import fcntl
 import io
 import json
+import os
 import pathlib
+import pty
 import re
+import select
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -206,7 +211,7 @@ def test_who_may_not_add_models_uses_those_that_are_there(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(preparation, "ask", ask)
     assert preparation.prepare(options(""), "m") == "m"
-    with pytest.raises(GatewayError, match="no administrator's key"):
+    with pytest.raises(GatewayError, match="403"):
         preparation.prepare(options(""), "other")
 
 
@@ -289,6 +294,42 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(url: str, talker: str) -
         20,
         "the stopped answer has ended on its node",
     )
+
+
+def test_a_chat_at_a_terminal(url: str, talker: str, tmp_path: pathlib.Path) -> None:
+    """The whole command at a pseudo-terminal: its prompt, Ctrl-C at an answer and at a line, Ctrl-D, the history."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "INPUTRC": "/dev/null"}
+    process = subprocess.Popen(
+        [PROGRAM, "run", talker, "--url", url], stdin=slave, stdout=slave, stderr=slave, env=environment,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(slave)
+    shown = ""
+
+    def until_shown(text: str) -> None:
+        nonlocal shown
+        while text not in shown:
+            assert select.select([master], [], [], 30)[0], shown
+            shown += os.read(master, 65536).decode(errors="replace")
+        shown = shown.partition(text)[2]
+
+    until_shown(">>> ")
+    os.write(master, b"tokens=500 pause=0.01\n")
+    until_shown(f"{talker}:3 ")
+    os.write(master, b"\x03")
+    until_shown("(stopped)")
+    until_shown(">>> ")
+    os.write(master, b"half a li\x03")
+    until_shown(">>> ")
+    os.write(master, b"tokens=1\n")
+    until_shown(f"{talker}:0 ")
+    until_shown("1 tokens, TTFT")
+    until_shown(">>> ")
+    os.write(master, b"\x04")
+    assert process.wait(30) == 0
+    os.close(master)
+    assert (tmp_path / "cortex" / "chat_history").read_text().splitlines() == ["tokens=500 pause=0.01", "tokens=1"]
 
 
 def test_commands_of_a_chat(url: str, talker: str, folder: pathlib.Path) -> None:
