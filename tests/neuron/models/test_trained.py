@@ -169,6 +169,12 @@ def test_a_prompt_alone_equals_transformers(trained: Trained, engine: Callable[.
     trained.check(prompts, run_engine(engine, trained.path, prompts, step_tokens, NUM_TOKENS))
 
 
+def test_a_long_prompt_equals_transformers(trained: Trained, engine: Callable[..., Any]) -> None:
+    """Through two dozen chunks the state neither overflows nor drifts."""
+    prompts = [(trained.tokenizer.encode(TALK).ids * 2)[:1500]]
+    trained.check(prompts, run_engine(engine, trained.path, prompts, 512, 4))
+
+
 def test_sixteen_sequences_have_the_text_of_one(trained: Trained, engine: Callable[..., Any]) -> None:
     """With the prefix cache and without: the second time each prompt resumes from a checkpoint."""
     prompts = trained.prompts(*range(20, 180, 10))
