@@ -9,6 +9,8 @@ import httpx
 import hybrid_models
 import pytest
 
+from neuron.models.sizing import PAGE_TOKENS
+
 MODEL = "trained"
 QUESTION = "Now the door is red, the lamp is blue. What colour is the door?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
@@ -73,3 +75,42 @@ def test_each_dialect_has_the_thought_and_the_answer(server: daemons.Daemon, pat
     stream = httpx.post(f"{server.url}/v1/{path}", json={**asked, "stream": True}, timeout=60)
     lines = stream.text.splitlines()
     assert streamed([json.loads(line[6:]) for line in lines if line.startswith("data: {")]) == (thought, text)
+
+
+def usage(answer: dict[str, Any]) -> tuple[int, int]:
+    """Return the tokens of the prompt of an answer, and how many of them were cached."""
+    found = answer["usage"]
+    if "prompt_tokens" in found:
+        return found["prompt_tokens"], found["prompt_tokens_details"]["cached_tokens"]
+    if "input_tokens_details" in found:
+        return found["input_tokens"], found["input_tokens_details"]["cached_tokens"]
+    return found["input_tokens"] + found["cache_read_input_tokens"], found["cache_read_input_tokens"]
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_the_next_turn_computes_less_than_a_page_again(server: daemons.Daemon, path: str) -> None:
+    """Although its template drops the reasoning of the one before: the state was kept at the place before it."""
+    _, on, _ = ASKED[path]
+    common = {"model": MODEL, "temperature": 0, **({"max_tokens": 60} if path == "messages" else {}), **on}
+    question, following = (" ".join([f"By {path}.", *[QUESTION] * count]) for count in (6, 4))
+
+    def ask(**more: Any) -> dict[str, Any]:
+        reply = httpx.post(f"{server.url}/v1/{path}", json={**common, **more}, timeout=60)
+        assert reply.status_code == 200, reply.text
+        found: dict[str, Any] = reply.json()
+        return found
+
+    if path == "responses":
+        first = ask(input=question)
+        second = ask(input=following, previous_response_id=first["id"])
+    else:
+        messages = [{"role": "user", "content": question}]
+        first = ask(messages=messages)
+        said = first["choices"][0]["message"] if "choices" in first else {"role": "assistant", **first}
+        answer = {name: said[name] for name in ("role", "content", "reasoning_content") if said.get(name)}
+        second = ask(messages=[*messages, answer, {"role": "user", "content": following}])
+    assert whole(first)[0], "it thought"
+    (num_first, _), (num_second, num_cached) = usage(first), usage(second)
+    # The prompt ends with a tag of reasoning, which the next one has not.
+    assert num_first - 4 - PAGE_TOKENS < num_cached < num_first
+    assert num_second > num_first + 60
