@@ -281,7 +281,7 @@ class ChosenWeights(msgspec.Struct, frozen=True):
     """Tag or file that names them in a source."""
     size_bytes: Amount
     """Bytes of the download."""
-    devices: Annotated[tuple[Label, ...], msgspec.Meta(max_length=1024)]
+    devices: Annotated[tuple[Label, ...], msgspec.Meta(min_length=1, max_length=1024)]
     context_tokens: Amount
     """Longest context that the devices then hold."""
     required_bytes: Amount
@@ -313,7 +313,7 @@ class PassedOver(msgspec.Struct, frozen=True):
 
     choice: Label
     size_bytes: Amount
-    reason: str
+    reason: Annotated[str, msgspec.Meta(max_length=1 << 16)]
 
 
 class Fit(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_node import FakeNode, error
+from fake_node import FakeNode, Line, Received, error
 from gateway_rig import Running, rig, write_config
 
 from cortex.config import ModelProfile
@@ -272,6 +272,28 @@ async def test_nodes_that_cannot_say_are_passed_over() -> None:
     async with rig(*nodes) as gateway:
         report = (await gateway.call("POST", "/admin/models/fit", {"model": "hf:o/n"}).end()).json()
         assert (report["node"], report["passed_over"][0]["reason"]) == ("b", "error source_unavailable")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>",
+        b"{}",
+        b'{"chosen": {"choice": "Q4_0", "size_bytes": 1, "devices": [], "context_tokens": 1, "required_bytes": 1}}',
+        b'{"chosen": null, "passed_over": [{"choice": "Q4_0", "size_bytes": -1, "reason": ""}]}',
+    ],
+)
+async def test_a_node_that_answers_nonsense_is_passed_over(answer: bytes) -> None:
+    async def script(received: Received, line: Line) -> None:
+        await line.reply(200, answer)
+
+    nodes = FakeNode("a", fit=script), FakeNode("b", fit=Fit(weights("Q4_0")))
+    async with rig(*nodes) as gateway:
+        report = (await gateway.call("POST", "/admin/models/fit", {"model": "hf:o/n"}).end()).json()
+        assert report["node"] == "b"
+        assert "answered /models/fit with something else" in report["passed_over"][0]["reason"]
+        alone = await gateway.call("POST", "/admin/models/fit", {"model": "hf:o/n", "node": "a"}).end()
+        assert alone.status == 502
 
 
 async def test_a_wheel_goes_where_most_memory_is_free() -> None:

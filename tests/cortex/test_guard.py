@@ -118,6 +118,7 @@ async def test_a_key_is_proof_enough_and_being_anonymous_is_none() -> None:
 CONTROL = [
     ("/models/load", {"id": "n", "source": "/"}),
     ("/models/fit", {"id": "n", "source": "hf:o/n"}),
+    ("/models/pull", {"id": "n", "source": "/"}),
     ("/models/unload", {"id": "m"}),
     ("/models/pin", {"id": "m", "pinned": True}),
     ("/drain", {"draining": True}),

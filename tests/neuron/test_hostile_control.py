@@ -15,7 +15,7 @@ from model_files import CONFIG, HOSTILE, gguf_file
 
 from cortex.wire.node import LoadRequest
 
-PATHS = ("/models/load", "/models/fit", "/models/unload", "/models/forget", "/models/pin", "/drain")
+PATHS = ("/models/load", "/models/fit", "/models/pull", "/models/unload", "/models/forget", "/models/pin", "/drain")
 NAMES = ("", "..", "../m", "a/../b", "a//b", "a/", "/a", "a b", "a\n", "a\0b", "\u202ea", "x" * 129, "x" * 900_000)
 SOURCES = ("", "\0", "a\nb", "x" * 5000, "hf:../x", "hf:a/b:../../etc/passwd", "pypi:..==1", "~nobody-here/x",
            "/dev/zero", "/dev/stdin", "/proc/self/mem", "/", "/etc", "/etc/shadow", "/no/such")  # fmt: skip
