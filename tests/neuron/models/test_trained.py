@@ -27,6 +27,7 @@ from safetensors import safe_open
 from neuron.layers.cache import SequenceState
 from neuron.models.config import read_config
 from neuron.models.decoder import Decoder
+from neuron.text import tokenizer as text_tokenizer
 
 from .test_parity import assert_close, run_engine
 
@@ -215,6 +216,15 @@ def test_any_cuts_of_a_prompt_give_the_same_logits(
     assert tokens == expected.argmax(-1).tolist()
     found = [torch.frombuffer(bytearray(row.logprobs.top), dtype=torch.float32) for row in driver.rows if row.logprobs]
     torch.testing.assert_close(torch.cat(found).view(-1, 5), expected.topk(5).values, atol=1e-3, rtol=1e-3)
+
+
+def test_gguf_has_the_text_files_of_the_folder(trained: Trained, tmp_path: pathlib.Path) -> None:
+    path = write_gguf(trained.path, tmp_path / "model.gguf")
+    found, expected = text_tokenizer.load(path), text_tokenizer.load(trained.path)
+    assert found.chat_template == expected.chat_template
+    for text in (TALK[:500], "x\u0301 9876 <think>\n\n</think>\n\n\tdef f(x):\n    return 'no'", "Zürich, Größe 🦙"):
+        assert found.tokenizer.encode(text).ids == expected.tokenizer.encode(text).ids
+    assert read_config(path).eos_ids[0] == read_config(trained.path).eos_ids[0]
 
 
 def test_gguf_has_the_logits_of_safetensors(
