@@ -179,6 +179,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix_cache: bool = True
     """Whether the prefix cache is on."""
     draft: SourceText = ""
+    draft_head: bool = True
+    """Whether the head that drafts tokens (MTP) is loaded, where the checkpoint has one and memory allows."""
     special_tokens_in_text: SpecialTokensInText = SpecialTokensInText.TEXT
     """Treatment of message content that spells a special token; raw prompts are always parsed."""
     sampling: SamplingDefaults = SamplingDefaults()

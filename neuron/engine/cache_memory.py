@@ -32,7 +32,7 @@ class LayerCaches:
         windows = [cache.window_tokens if cache is not None else 0 for cache in self._kinds]
         self._tables = [table_of(window, plan.tables) for window in windows]
         """Page table of each layer."""
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.windows = [
             max(window for window, of_layer in zip(windows, self._tables, strict=True) if of_layer == table)
             for table in range(len(plan.pages))

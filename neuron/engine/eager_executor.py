@@ -21,11 +21,14 @@ class EagerExecutor:
     overlaps = False
     max_steps = 1
 
-    def __init__(self, forward: Forward, caches: LayerCaches, sampler: Sampler) -> None:
+    def __init__(self, forward: Forward, caches: LayerCaches, sampler: Sampler, num_hidden: int = 0) -> None:
+        """``num_hidden`` places keep hidden states for a draft head."""
         self.config = forward.config
         self.forward, self.caches, self.sampler = forward, caches, sampler
         self.last_ids = torch.empty(0, dtype=torch.int32, device=caches.device)
         """Token ids that the last step sampled."""
+        shape = num_hidden, self.config.hidden_size
+        self._hidden = torch.zeros(shape, dtype=caches.dtype, device=caches.device)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> DeviceStep:
@@ -54,9 +57,15 @@ class EagerExecutor:
         token_ids = self._to_device(plan.token_ids)
         if plan.token_ids.min() < 0:
             token_ids = self._known(token_ids)
-        self.caches.copy_states(plan.state_loads)
-        hidden = self.forward.hidden(token_ids, self.caches.of_layers(batches), self.caches.layers)
-        self.caches.copy_states(plan.state_saves)
+        of_layers, is_draft = self.caches.of_layers(batches), len(plan.hidden_loads) > 0
+        if is_draft:
+            before = self._hidden.index_select(0, self._to_device(plan.hidden_loads))
+            hidden = self.forward.drafted(token_ids, before, of_layers, self.caches.layers)
+        else:
+            self.caches.copy_states(plan.state_loads)
+            hidden = self.forward.hidden(token_ids, of_layers, self.caches.layers)
+            self.caches.copy_states(plan.state_saves)
+        self.save_hidden(hidden, plan)
         last = hidden.index_select(0, cu_seqlens[1:] - 1)
         finite = last.sum(-1, dtype=torch.float32).isfinite()
         ids = torch.empty(0, dtype=torch.int32, device=self.caches.device)
@@ -68,8 +77,15 @@ class EagerExecutor:
             else:
                 ids = self.sampler.sample(logits, plan.slots, plan.num_output)
             report = self.sampler.report
-        self.last_ids = ids
+        if not is_draft:
+            self.last_ids = ids
         return DeviceStep.behind(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
+
+    def save_hidden(self, hidden: torch.Tensor, plan: StepPlan) -> None:
+        """Keep what a draft head reads of the hidden states ``[T, hidden]`` of a step."""
+        rows, places = plan.hidden_saves
+        if len(rows):
+            self._hidden.index_copy_(0, self._to_device(places).to(torch.int64), self._rows(hidden, rows))
 
     def clear(self, tables: tuple[Int32Array, ...]) -> None:
         """See :class:`~neuron.engine.executor.Executor`."""

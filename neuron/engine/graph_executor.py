@@ -40,6 +40,8 @@ class _Bucket:
     batches: list[Batch]
     """The tensors of the graph, which holds addresses only, for each layer."""
     graph: int = 0
+    hidden: torch.Tensor | None = None
+    """``[B, hidden]``"""
     logits: torch.Tensor | None = None
     """``[B, V]`` float32"""
 
@@ -153,7 +155,8 @@ class GraphExecutor:
         @torch.inference_mode()
         def step() -> None:
             forward.operations.begin_step(state)
-            bucket.logits = forward.logits(forward.hidden(state.token_ids, batches, caches.layers))
+            bucket.hidden = forward.hidden(state.token_ids, batches, caches.layers)
+            bucket.logits = forward.logits(bucket.hidden)
             if self._samples:
                 ids = forward.operations.sample(bucket.logits, inputs.rows)
                 forward.operations.end_step(state, ids, PAGE_TOKENS)
@@ -172,17 +175,22 @@ class GraphExecutor:
         if self._samples and self.sampler.draws_plainly(plan.slots).all():
             self._eager.last_ids = last
             if plan.num_steps == 1:
-                self._graphs.launch(bucket.graph)
+                self._launch(bucket, plan)
             published = self._published
             tokens = published.seen[place : place + plan.num_steps, :count]
             first = published.tokens[place, :count]
             return _GraphStep(self._graphs, bucket.graph, first, tokens, published.all_ended, self._no_hidden)
-        self._graphs.launch(bucket.graph)
+        self._launch(bucket, plan)
         assert bucket.logits is not None
         ids = self.sampler.sample(bucket.logits[:count], plan.slots, plan.num_output)
         self._eager.last_ids = ids
         finite, hidden = torch.ones(count, dtype=torch.bool), torch.from_numpy(self._no_hidden)
         return DeviceStep.behind(ids, finite, hidden, self.sampler.report)
+
+    def _launch(self, bucket: _Bucket, plan: StepPlan) -> None:
+        self._graphs.launch(bucket.graph)
+        assert bucket.hidden is not None
+        self._eager.save_hidden(bucket.hidden, plan)
 
 
 def buckets(most: int) -> list[int]:
@@ -192,5 +200,6 @@ def buckets(most: int) -> list[int]:
 
 def _is_decode(plan: StepPlan) -> bool:
     rows: Int32Array = plan.token_ids
-    has_more = len(plan.hidden_rows) or plan.state_loads.size or plan.state_saves.size or len(plan.replays)
+    copies = plan.state_loads.size or plan.state_saves.size
+    has_more = copies or len(plan.hidden_rows) or len(plan.replays) or len(plan.hidden_loads)
     return len(rows) == plan.num_decodes == len(plan.sampled) and not has_more

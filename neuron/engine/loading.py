@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Final
 
+import msgspec
 import torch
 
 from cortex.wire.errors import UnprocessableError
@@ -64,6 +65,8 @@ def load_model(
     of the daemon waits. Nothing is allocated unless the plan fits. Raises the errors of :mod:`neuron.models`,
     :class:`GroupLostError`.
     """
+    # A head that is never asked takes no memory.
+    spec = msgspec.structs.replace(spec, draft_head=spec.draft_head and settings.speculation)
     if group is not None:
         return (yield from _load_part(spec, path, device, free_bytes, group, settings))
     if spec.tensor_parallel != 1:
@@ -79,7 +82,7 @@ def load_model(
             source.config, spec, str(device), free_bytes(), draft=draft_config, cpu_kernels=settings.cpu_kernels
         )
         yield 0.0
-        source.config = source.config.within(plan.context_tokens)
+        source.config = _planned(source.config, plan)
         executor = yield from _load_executor(spec, source, plan, device, graphs, channel_fd, settings)
     finally:
         source.close()
@@ -101,6 +104,12 @@ def load_model(
         prefix_cache=spec.prefix_cache,
         speculates=settings.speculation,
     )
+
+
+def _planned(config: ModelConfig, plan: MemoryPlan) -> ModelConfig:
+    """Return a model as it is planned: for its context, and with or without its draft head."""
+    config = config.within(plan.context_tokens)
+    return config if plan.has_draft_head else config.without_draft_head()
 
 
 def _load_executor(
@@ -151,6 +160,7 @@ def eager_executor(
         forward,
         LayerCaches(config, plan, weights.dtype, device, shard),
         Sampler(plan.max_sequences, config.vocab_size, device, draw),
+        plan.num_hidden,
     )
 
 
@@ -192,8 +202,11 @@ def _load_part(
         if group_settings.rank:
             yield from _rank_0(group_settings)
         group = Group(group_settings, device)
+        if not group.least(plan.has_draft_head) and plan.has_draft_head:
+            spec = msgspec.structs.replace(spec, draft_head=False)  # another rank has no memory for it
+            plan = plan_memory(source.config, spec, str(device), free_bytes(), shard, cpu_kernels=settings.cpu_kernels)
         plan = with_sizes(plan, tuple(group.least(count) for count in plan.cache_sizes))
-        config = source.config = source.config.within(plan.context_tokens)
+        config = source.config = _planned(source.config, plan)
         _report_expansions(spec, config, plan, shard)
         dtype = getattr(torch, plan.dtype)
         with contextlib.closing(_preparation(config, plan, device, settings, shard)) as kernels:

@@ -25,7 +25,7 @@ from neuron.device.jobs import (
     TokenRow,
 )
 from neuron.engine.constraint import Constraint, ConstraintError
-from neuron.engine.draft import DraftModel
+from neuron.engine.draft import DraftHead, DraftModel
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
 from neuron.engine.executor import MAX_STEPS, Executor, InFlightStep, StepOutcome
 from neuron.engine.multi_step import MultiStep
@@ -115,9 +115,13 @@ class ModelEngine:
         drafter: Drafter = PromptLookup()
         if speculates and draft is not None:
             drafter = DraftModel(draft, self.scheduler.cache.page_tables, PAGE_TOKENS, plan.step_tokens)
+        elif speculates and plan.has_draft_head:
+            tables = self.scheduler.cache.page_tables
+            drafter = DraftHead(executor, tables, PAGE_TOKENS, plan.step_tokens, plan.max_sequences)
         self.speculation = Speculation(drafter, self._step_timer, MAX_DRAFTS if speculates else 0)
-        # A draft model needs every token as it comes.
-        self._multi_step = MultiStep(executor, self._step_timer, 1 if drafter.executors else MAX_STEPS)
+        # A draft model or head needs every token as it comes.
+        is_model = isinstance(drafter, DraftModel)
+        self._multi_step = MultiStep(executor, self._step_timer, 1 if is_model else MAX_STEPS)
         self._executors = (executor, *drafter.executors)
         """Executors of the model and of its draft model."""
 
@@ -194,7 +198,7 @@ class ModelEngine:
             return 0
         started_s = self._clock()
         try:
-            plan = build_plan(step, self.scheduler.cache)
+            plan = self.speculation.drafter.prepare(step, build_plan(step, self.scheduler.cache))
             in_flight = self.executor.launch(plan)
             self.speculation.drafter.follow(step)
         except Exception as error:  # noqa: BLE001 (any error is these requests')

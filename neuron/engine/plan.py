@@ -65,6 +65,10 @@ class StepPlan:
     """``[2, N]``: copies of states behind the step, from and to."""
     replays: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
     """``[B]``, or empty where there are none: the accepted draft tokens that each sequence's state is still without."""
+    hidden_saves: Int32Array = dataclasses.field(default_factory=lambda: NO_COPIES)
+    """``[2, N]``: copies of last hidden states behind the step, from a row to a place, for a draft head."""
+    hidden_loads: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
+    """``[T]``, or empty: the place of the hidden state that each row of a draft head reads, whose step this is."""
 
 
 FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "slot", "num_replays")

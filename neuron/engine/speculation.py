@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
+from neuron.engine.plan import StepPlan
 from neuron.engine.scheduler import Step
 from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
 from neuron.engine.step_timer import StepTimer
@@ -42,6 +43,9 @@ class Drafter(Protocol):
     def executors(self) -> tuple["Executor", ...]:
         """Return the executors beside the model's own, whose samplers and caches know the same sequences."""
 
+    def prepare(self, step: Step, plan: StepPlan) -> StepPlan:
+        """Return the plan of a step with what the drafter wants of it."""
+
     def follow(self, step: Step) -> None:
         """Take note of a step that has been launched."""
 
@@ -63,8 +67,12 @@ class PromptLookup:
     def __init__(self) -> None:
         self._found: dict[int, Int32Array] = {}
 
+    def prepare(self, step: Step, plan: StepPlan) -> StepPlan:
+        """Return the plan: it reads the sequences alone."""
+        return plan
+
     def follow(self, step: Step) -> None:
-        """Do nothing: it reads the sequences alone."""
+        """Do nothing."""
 
     def available(self, sequences: list[Sequence], most: int) -> list[int]:
         """See :class:`Drafter`."""

@@ -39,6 +39,12 @@ class ParallelForward:
         """See :class:`~neuron.models.decoder.Forward`."""
         return self._part.hidden(token_ids, batches, caches)
 
+    def drafted(
+        self, token_ids: torch.Tensor, hidden: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]
+    ) -> torch.Tensor:
+        """See :class:`~neuron.models.decoder.Forward`."""
+        return self._part.drafted(token_ids, hidden, batches, caches)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See :class:`~neuron.models.decoder.Forward`."""
         # All ranks get all logits, as both backends have no gather to one rank. The others sample greedily and drop it.

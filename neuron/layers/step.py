@@ -79,6 +79,10 @@ class Step:
         queries, gates = x[:, :width].view(len(x), -1, 2, head_dim).unbind(2)
         return torch.cat((queries.flatten(1), x[:, width:]), dim=1), gates.flatten(1)
 
+    def side_by_side(self, *parts: torch.Tensor) -> torch.Tensor:
+        """Return the columns of all ``parts`` ``[T, ...]`` in one tensor."""
+        return torch.cat(parts, dim=1)
+
     def regrouped(self, x: torch.Tensor, num_groups: int, widths: Sequence[int]) -> torch.Tensor:
         """Return ``x`` with the parts of ``widths`` of all its groups side by side, instead of all parts of each group.
 

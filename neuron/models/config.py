@@ -5,10 +5,11 @@ Imports no torch: the daemon's preflight uses the same functions as the worker t
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from neuron.device.jobs import Pooling
+from neuron.layers.parameters import tensors_of
 from neuron.models.embedding_folder import has_head, makes_embeddings, pooling_of
 from neuron.models.ends import folder_ends, gguf_ends, token_ids
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
@@ -53,7 +54,7 @@ def config_from_folder(folder: pathlib.Path, entries: Mapping[str, TensorEntry] 
     generation_path = folder / "generation_config.json"
     generation = _json_object(generation_path) or {}
     embeds = makes_embeddings(folder, class_names)
-    config = _built(family, fields)
+    config = _with_draft_head(_built(family, fields), lambda: read_tensors(folder) if entries is None else entries)
     if (embeds or "text_config" in values) and (head := has_head(folder)) is not None:
         # Without a head nothing is generated, and a tied one takes no memory. Wrappers do not tell reliably.
         tied = not head or (embeds and config.head.tied)
@@ -80,7 +81,8 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
     values = header.metadata
     name = str(values.get("general.architecture"))
     fields = GgufFields(path, header, name)
-    config = _built(find_family(name, None, path), fields)
+    names = {tensor.name for tensor in header.tensors}
+    config = _with_draft_head(_built(find_family(name, None, path), fields), lambda: names, gguf=True)
     stored = by_tensor(config, unstacked(header.tensors), path, gguf=True)
     kinds = {name: _kind_of(stored[name]) for name in config.tensors() if name in stored}
     return _with_ends(
@@ -118,6 +120,21 @@ def _built(family: Family, fields: Fields) -> ModelConfig:
         return family.build(fields)
     except ValueError as error:
         raise CorruptWeightsError(fields.path, str(error)) from error
+
+
+def _with_draft_head(
+    config: ModelConfig, read_names: Callable[[], Collection[str]], *, gguf: bool = False
+) -> ModelConfig:
+    """Return ``config`` without its draft head where the checkpoint has none, whatever its configuration tells."""
+    if config.draft_head is None:
+        return config
+    beside = next(config.draft_parameters())
+    wanted = {tensor.gguf if gguf else tensor.name for each in beside.values() for tensor in tensors_of(each)}
+    try:
+        names = read_names()
+    except CorruptWeightsError:
+        names = ()  # no file yet, or one that is refused later
+    return config if wanted <= set(names) else config.without_draft_head()
 
 
 def _with_ends(config: ModelConfig, eos_ids: tuple[int, ...], **facts: Any) -> ModelConfig:

@@ -34,6 +34,8 @@ class DecoderWeights:
     embedding: Weights
     layers: tuple[Weights, ...]
     head: Weights
+    draft_head: tuple[Weights, ...] = ()
+    """Parameters of the draft head: beside its layers, then of each of these."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,13 +57,14 @@ def load_decoder(
     reader = ParameterReader(source, dtype, device, quant)
     loaded = []
     for number, parameters in enumerate(config.parameters(shard)):
-        yield (number + 1) / (len(config.layers) + 3)
+        yield (number + 1) / (len(config.caches()) + 4)
         loaded.append(reader.read(parameters))
     embedding, *layers, head = loaded
     if config.head.tied:
         table = some_rows(embedding["table"].weight, shard.vocabulary(config.vocab_size))
         head["matrix"] = Linear(table, None)
-    return DecoderWeights(embedding, tuple(layers), head)
+    count = len(config.layers)
+    return DecoderWeights(embedding, tuple(layers[:count]), head, tuple(layers[count:]))
 
 
 class Caches(NamedTuple):
@@ -133,8 +136,16 @@ class Forward(Protocol):
         Both ``batches`` and ``caches`` are of each layer: the step with its page table, and its cache.
         """
 
+    def drafted(
+        self, token_ids: torch.Tensor, hidden: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]
+    ) -> torch.Tensor:
+        """Return the draft head's hidden state ``[T, hidden]``, and write to its layers' ``caches``.
+
+        ``hidden`` ``[T, hidden]`` are the model's hidden states, or the head's own, at the tokens before ``token_ids``.
+        """
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``."""
+        """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``, of the model or the head."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -149,16 +160,36 @@ class Decoder:
 
     def hidden(self, token_ids: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]) -> torch.Tensor:
         """See :class:`Forward`."""
-        config, weights = self.config, self.weights
-        residual = embedding_rows(token_ids, weights.embedding["table"].weight, weights.dtype)
-        if config.embedding.scale != 1.0:
-            # Rounded to the dtype first, as these models were trained.
-            residual *= torch.tensor(config.embedding.scale, dtype=residual.dtype)
+        config, weights, count = self.config, self.weights, len(self.config.layers)
+        residual = self._embedded(token_ids)
         step = Step(self.operations, batches[0], residual.dtype, self.sum_ranks)
-        for layer, own, cache, batch in zip(config.layers, weights.layers, caches, batches, strict=True):
+        for layer, own, cache, batch in zip(
+            config.layers, weights.layers, caches[:count], batches[:count], strict=True
+        ):
             step.batch = batch
             layer.forward(step, own, residual, cache)
         return config.head.normed(self.operations, weights.head, residual)
+
+    def drafted(
+        self, token_ids: torch.Tensor, hidden: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]
+    ) -> torch.Tensor:
+        """See :class:`Forward`."""
+        head, count = self.config.draft_head, len(self.config.layers)
+        assert head is not None
+        beside, *weights = self.weights.draft_head
+        step = Step(self.operations, batches[count], hidden.dtype, self.sum_ranks)
+        residual = head.joined(step, beside, self._embedded(token_ids), hidden)
+        for layer, own, cache, batch in zip(head.block, weights, caches[count:], batches[count:], strict=True):
+            step.batch = batch
+            layer.forward(step, own, residual, cache)
+        return head.normed(step, beside, residual)
+
+    def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        embedded = embedding_rows(token_ids, self.weights.embedding["table"].weight, self.weights.dtype)
+        if self.config.embedding.scale != 1.0:
+            # Rounded to the dtype first, as these models were trained.
+            embedded *= torch.tensor(self.config.embedding.scale, dtype=embedded.dtype)
+        return embedded
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See :class:`Forward`."""

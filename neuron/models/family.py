@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from neuron.layers.attention import Attention
+from neuron.layers.draft_head import DraftHead
 from neuron.layers.embedding import Embedding, Head
 from neuron.layers.experts import Experts, Router, SharedExpert
 from neuron.layers.layer import Layer
@@ -112,6 +113,7 @@ def decoder_of(
     embedding_scale: float = 1.0,
     ties_embeddings: bool = False,
     logit_cap: float = 0.0,
+    draft_head: DraftHead | None = None,
     unused: tuple[str, ...] = (),
 ) -> ModelConfig:
     """Return the model of ``blocks``.
@@ -140,6 +142,7 @@ def decoder_of(
         embedding=Embedding(vocab_size, norm.size, embedding_scale),
         blocks=tuple(blocks),
         head=Head(norm, vocab_size, fields.flag("tie_word_embeddings", ties_embeddings), logit_cap),
+        draft_head=draft_head,
         unused=unused,
         context_tokens=max(
             fields.size("max_position_embeddings"), *(layer.rope.longest_tokens for layer in attentions)

@@ -30,7 +30,7 @@ LIMITS: Final = {
     **dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim"), MAX_HEAD_DIM),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), MAX_EXPERTS),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), MAX_EXPERTS),
-    **dict.fromkeys(("num_nextn_predict_layers", "first_k_dense_replace"), MAX_LAYERS),
+    **dict.fromkeys(("num_nextn_predict_layers", "mtp_num_hidden_layers", "first_k_dense_replace"), MAX_LAYERS),
     **dict.fromkeys(
         (
             *("hidden_size", "num_attention_heads", "num_key_value_heads"),

@@ -14,6 +14,7 @@ from neuron.device.jobs import Pooling
 from neuron.formats.scheme import Scheme
 from neuron.layers.attention import Attention
 from neuron.layers.cache import Cache
+from neuron.layers.draft_head import DraftHead
 from neuron.layers.embedding import Embedding, Head
 from neuron.layers.layer import Layer
 from neuron.layers.parameters import Parameters, Tensor, tensors_of, within
@@ -63,6 +64,8 @@ class ModelConfig:
     """Whether it generates text, not embeddings alone."""
     unused: tuple[str, ...] = ()
     """Prefixes of tensors, by their names in either format, that a checkpoint may have beside the model's."""
+    draft_head: DraftHead | None = None
+    """Head that drafts tokens, where the checkpoint has one."""
     tensor_kinds: Mapping[str, StoredKind] = dataclasses.field(default_factory=dict)
     """Storage of each tensor of a GGUF file, and of each quantised one of a folder, by safetensors name."""
 
@@ -78,16 +81,32 @@ class ModelConfig:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """All layers, in the order of computation."""
+        """All layers, in the order of computation; without those of the draft head."""
         return tuple(itertools.chain.from_iterable(self.blocks))
+
+    @property
+    def draft_layers(self) -> tuple[Layer, ...]:
+        """Layers of the draft head."""
+        return () if self.draft_head is None else self.draft_head.block
+
+    def without_draft_head(self) -> "ModelConfig":
+        """Return the model without its draft head."""
+        return dataclasses.replace(self, draft_head=None)
 
     def within(self, context_tokens: int) -> "ModelConfig":
         """Return the model as loaded for contexts of so many tokens: the rotary embedding of some depends on it."""
-        found = {layer: _within(layer, context_tokens) for layer in set(self.layers)}
-        return dataclasses.replace(self, blocks=tuple(tuple(found[layer] for layer in block) for block in self.blocks))
+        found = {layer: _within(layer, context_tokens) for layer in {*self.layers, *self.draft_layers}}
+        draft_head = self.draft_head
+        if draft_head is not None:
+            draft_head = dataclasses.replace(draft_head, block=tuple(found[layer] for layer in draft_head.block))
+        blocks = tuple(tuple(found[layer] for layer in block) for block in self.blocks)
+        return dataclasses.replace(self, blocks=blocks, draft_head=draft_head)
 
     def parameters(self, shard: Shard = WHOLE) -> Iterator[Parameters]:
-        """Yield a rank's parameters, with full names: of the embedding, of each layer in order, and of the head."""
+        """Yield a rank's parameters, with full names: of the embedding, of each layer in order, and of the head.
+
+        Those of the draft head, where there is one, are before the head's: of its layers, behind what is beside these.
+        """
         yield self.embedding.parameters(shard)
         # Blocks have layers in common, whose declaration is made once.
         declared = {layer: layer.parameters(shard) for layer in set(self.layers)}
@@ -95,7 +114,17 @@ class ModelConfig:
             prefixes = f"model.layers.{number}.", f"blk.{number}."
             for layer in block:
                 yield {name: within(each, *prefixes) for name, each in declared[layer].items()}
+        yield from self.draft_parameters(shard)
         yield self.head.parameters(shard)
+
+    def draft_parameters(self, shard: Shard = WHOLE) -> Iterator[Parameters]:
+        """Yield a rank's parameters of the draft head, as :meth:`parameters` does."""
+        if self.draft_head is not None:
+            gguf = f"blk.{len(self.blocks)}."
+            yield {name: within(each, "mtp.", gguf) for name, each in self.draft_head.parameters().items()}
+            for layer in self.draft_head.block:
+                parameters = layer.parameters(shard).items()
+                yield {name: within(each, "mtp.layers.0.", gguf) for name, each in parameters}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return exactly the tensors of the checkpoint, by safetensors name."""
@@ -112,8 +141,8 @@ class ModelConfig:
         return sum(tensor.num_elements for tensor in self.tensors().values())
 
     def caches(self, shard: Shard = WHOLE) -> tuple[Cache | None, ...]:
-        """Return what each layer keeps of earlier tokens on a rank."""
-        return tuple(layer.cache(shard) for layer in self.layers)
+        """Return what each layer keeps of earlier tokens on a rank, those of the draft head last."""
+        return tuple(layer.cache(shard) for layer in (*self.layers, *self.draft_layers))
 
     def kv_bytes_per_token(self, dtype: str, shard: Shard = WHOLE) -> int:
         """Return the bytes of a token in the caches of all layers on a rank."""
@@ -121,9 +150,9 @@ class ModelConfig:
 
     def workspace(self, shard: Shard = WHOLE) -> int:
         """Return the activations of a token at the widest point of a block: residual, input, output and the layers'."""
-        places = itertools.zip_longest(*self.blocks)
+        places = itertools.zip_longest(*self.blocks, self.draft_layers)
         widest = [max(layer.workspace(shard) for layer in place if layer is not None) for place in places]
-        return 4 * self.hidden_size + sum(widest)
+        return 4 * self.hidden_size + sum(widest) + (self.draft_head.workspace() if self.draft_head else 0)
 
 
 def _within(layer: Layer, context_tokens: int) -> Layer:

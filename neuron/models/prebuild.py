@@ -59,7 +59,7 @@ def variants(
     if dtype == torch.float32:
         return ()
     few, weights = _distinct_layers(config, dtype, plan.quant, shard)
-    num_pages = [plan.num_pages + 1] * len(few.layers)
+    num_pages = [plan.num_pages + 1] * len(few.caches())
     caches = decoder.new_caches(
         few, num_pages, 2, dtype, lambda shape, kind: _meta(*shape, dtype=kind), shard, plan.kv_dtype
     ).layers
@@ -68,7 +68,9 @@ def variants(
     with recording(target_for(capability)) as recorder:
         for batch in _batches(config, plan):
             token_ids = _meta(len(batch.positions), dtype=torch.int32)
-            forward.hidden(token_ids, [batch] * len(caches), caches)
+            hidden = forward.hidden(token_ids, [batch] * len(caches), caches)
+            if few.draft_head is not None:
+                forward.drafted(token_ids, hidden, [batch] * len(caches), caches)
         for rows in sorted({min(n, plan.sampled_rows) for n in (*STEPS, plan.sampled_rows)}):
             forward.logits(_meta(rows, config.hidden_size, dtype=dtype))
         _sample(config, plan)

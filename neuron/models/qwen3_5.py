@@ -1,13 +1,14 @@
 """Qwen3.5, 3.6 and 3.8, dense or with experts: gated delta nets, and every fourth layer gated attention.
 
 A quarter of each head of attention is rotated, as text alone needs it, and norms multiply by one more than their weight
-(GGUF has the one added). Each expert layer has a gated expert that all tokens share. The heads that draft tokens are
-left in the file, as is the encoder of images.
+(GGUF has the one added). Each expert layer has a gated expert that all tokens share. A head drafts tokens by one more
+layer of attention; of several only the first is used. The encoder of images is left in the file.
 """
 
 import dataclasses
 from typing import Any, Final
 
+from neuron.layers.draft_head import DraftHead
 from neuron.layers.experts import Experts, SharedExpert
 from neuron.layers.gated_delta import GatedDelta
 from neuron.layers.layer import Layer
@@ -80,11 +81,13 @@ def hybrid(name: str, fields: Fields, feed_forward: tuple[Layer, ...], **differe
             f"full_attention_interval of {every}, which is not supported"
         )
     mixers = [delta if kind == RECURRENT else attention for kind in kinds[:count]]
-    drafting = range(count, count + _num_drafting(fields))
+    num_drafting = _num_drafting(fields)
+    drafting = range(count, count + num_drafting)
     return decoder_of(
         name,
         fields,
         list(zip(mixers, feed_forward, strict=True)),
+        draft_head=DraftHead(norm, (attention, feed_forward[-1])) if num_drafting else None,
         unused=("mtp.", *(f"blk.{number}." for number in drafting)),
     )
 
@@ -105,7 +108,10 @@ def _delta_of(fields: Fields, norm: Norm, **differences: Any) -> GatedDelta:
 
 
 def _num_drafting(fields: Fields) -> int:
-    return fields.size("num_nextn_predict_layers", 0, least=0)
+    # Of safetensors, the tensors tell.
+    if isinstance(fields, GgufFields):
+        return fields.size("num_nextn_predict_layers", 0, least=0)
+    return fields.size("mtp_num_hidden_layers", 1, least=0)
 
 
 FAMILY: Final = Family(

@@ -5,6 +5,7 @@ only: the caller finds the free bytes, and may free more.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import os
@@ -25,6 +26,7 @@ from neuron.layers.cache import (
     window_pages,
     windows_of,
 )
+from neuron.layers.draft_head import hidden_places
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed, quantization
 from neuron.models.errors import DoesNotFitError
@@ -95,6 +97,8 @@ class MemoryPlan:
     """Pages of the layers with each window, never more than ``num_pages``."""
     states: StateSlots | None = None
     """Slots for the states of sequences, where layers keep one."""
+    has_draft_head: bool = False
+    """Whether the head that drafts tokens is loaded."""
     draft: "MemoryPlan | None" = None
     """Plan of the draft model, beside it on the device."""
 
@@ -113,6 +117,11 @@ class MemoryPlan:
         """Return the pages of table 0, those of each window, and the state slots."""
         num_slots = 0 if self.states is None else self.states.num_slots
         return (self.num_pages, *(table.num_pages for table in self.window_tables), num_slots)
+
+    @property
+    def num_hidden(self) -> int:
+        """Return the number of hidden states that are kept for a draft head."""
+        return hidden_places(self.max_sequences, self.step_tokens + self.sampled_rows) if self.has_draft_head else 0
 
     @property
     def parts(self) -> "tuple[MemoryPlan, ...]":
@@ -176,11 +185,9 @@ def _costs(
     shard: Shard,
     cpu_kernels: bool,
 ) -> _Costs:
-    native = cpu_kernels and device.startswith("cpu") and shard.size == 1 and packed.obstacle(config) is None
+    native = _is_native(config, spec, device, shard, cpu_kernels)
     dtype = resolve_dtype(spec.dtype, device)
     quant = quantization.resolve(config, spec.quant, dtype, device, cpu_kernels=cpu_kernels)
-    if native and spec.quant == quantization.NONE and config.tensor_kinds:
-        native = False  # the kernels keep a file's codes
     if native and spec.dtype == "auto":
         dtype = "bfloat16"  # the kernels widen bfloat16 where the processor cannot multiply it
     sampled_rows = max(max_sequences, MIN_SAMPLED_ROWS)
@@ -193,6 +200,9 @@ def _costs(
         page_bytes = _page_bytes(config, lambda cache: packed.page_bytes(cache, kv_dtype))
         return _Costs(dtype, quant, True, kv_dtype, packed.weights_bytes(config, dtype), fixed_bytes, page_bytes, 0)
     fixed_bytes = workspace_bytes(config, dtype, step_tokens, sampled_rows, shard)
+    if config.draft_head is not None:
+        kept = hidden_places(max_sequences, step_tokens + sampled_rows)
+        fixed_bytes += kept * config.hidden_size * DTYPE_BYTES[dtype]
     if device.startswith("cpu") and quant != quantization.NONE:
         fixed_bytes += 8 * quantization.largest_matrix_elements(config)
     weights_bytes = quantization.weights_bytes(config, dtype, quant, shard)
@@ -217,6 +227,13 @@ def _costs(
         gather_bytes=PAGE_TOKENS * gathered_bytes * max(cache.elements_per_token for cache in caches),
         state_bytes=sum(cache.num_bytes(element_bytes) for cache in caches if isinstance(cache, SequenceState)),
     )
+
+
+def _is_native(config: ModelConfig, spec: ModelSpec, device: str, shard: Shard, cpu_kernels: bool) -> bool:
+    """Return whether a model runs on the CPU kernels."""
+    if spec.quant == quantization.NONE and config.tensor_kinds:
+        return False  # the kernels keep a file's codes
+    return cpu_kernels and device.startswith("cpu") and shard.size == 1 and packed.obstacle(config) is None
 
 
 def _form_of(costs: _Costs) -> str:
@@ -303,9 +320,29 @@ def plan_memory(
     """Return the plan for ``spec`` on ``device`` (``cpu:0``, ``cuda:1``) with ``free_bytes`` free.
 
     Of a model that several devices hold, the plan of one rank's part; with ``draft``, the draft model has a plan
-    in it, of as many pages as table 0. Raises :class:`DoesNotFitError` if there is none, :class:`InvalidRequestError`
-    if the spec contradicts itself, :class:`UnsupportedQuantizationError`.
+    in it, of as many pages as table 0. A draft head is left out where the model fits without it alone, or runs on the
+    CPU kernels, which have none, and where a draft model takes its place. Raises :class:`DoesNotFitError` if there is
+    none, :class:`InvalidRequestError` if the spec contradicts itself, :class:`UnsupportedQuantizationError`.
     """
+    if config.draft_head is not None:
+        bare = config.without_draft_head()
+        if spec.draft_head and draft is None and not _is_native(bare, spec, device, shard, cpu_kernels):
+            with contextlib.suppress(DoesNotFitError):
+                found = _plan(config, spec, device, free_bytes, shard, None, cpu_kernels)
+                return dataclasses.replace(found, has_draft_head=True)
+        config = bare
+    return _plan(config, spec, device, free_bytes, shard, draft, cpu_kernels)
+
+
+def _plan(
+    config: ModelConfig,
+    spec: ModelSpec,
+    device: str,
+    free_bytes: int,
+    shard: Shard,
+    draft: ModelConfig | None,
+    cpu_kernels: bool,
+) -> MemoryPlan:
     defaults = CPU_DEFAULTS if device.startswith("cpu") else CUDA_DEFAULTS
     for name in ("context_tokens", "max_sequences", "kv_cache_bytes"):
         if getattr(spec, name) < 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 77, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -43,8 +44,11 @@ TRAINED: dict[str, pathlib.Path] = {
 """Folders of models that ``train_hybrid.py`` has trained: chat with reasoning, a head that drafts tokens."""
 
 
-def make_model(kind: str, folder: pathlib.Path, **sizes: Any) -> pathlib.Path:
-    """Write a model of a kind, with other ``sizes`` where given, to ``folder``, and return this."""
+def make_model(kind: str, folder: pathlib.Path, *, with_draft_head: bool = False, **sizes: Any) -> pathlib.Path:
+    """Write a model of a kind, with other ``sizes`` where given, to ``folder``, and return this.
+
+    ``with_draft_head``: with a random head that drafts tokens, as published files have it.
+    """
     name, changes = MODELS[kind]
     values = {**CONFIG, **changes, **sizes}
     if "Moe" in name:
@@ -55,7 +59,25 @@ def make_model(kind: str, folder: pathlib.Path, **sizes: Any) -> pathlib.Path:
     for parameter_name, parameter in model.named_parameters():
         remember(parameter_name, parameter.data)
     model.save_pretrained(folder)
+    if with_draft_head:
+        path = folder / "model.safetensors"
+        save_file({**load_file(path), **draft_head(model)}, path, {"format": "pt"})
     return folder
+
+
+def draft_head(model: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a random head, whose layer is one of attention with the feed-forward of the model's."""
+    config = model.config
+    values = {**config.to_dict(), "num_hidden_layers": 1, "layer_types": ["full_attention"], "mlp_only_layers": []}
+    names = "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"
+    found = {f"mtp.{name}.weight": torch.empty(config.hidden_size) for name in names}
+    found["mtp.fc.weight"] = torch.empty(config.hidden_size, 2 * config.hidden_size)
+    for name, tensor in type(model)(type(config)(**values)).state_dict().items():
+        if name.startswith("model.layers."):
+            found[name.replace("model.", "mtp.")] = tensor
+    for name, tensor in found.items():
+        remember(name, tensor)
+    return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
 def remember(name: str, values: torch.Tensor) -> None:

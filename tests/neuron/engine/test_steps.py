@@ -243,6 +243,9 @@ class RandomDrafter:
     def __init__(self, machine: "Steps") -> None:
         self.machine = machine
 
+    def prepare(self, step: Step, plan: StepPlan) -> StepPlan:
+        return plan
+
     def follow(self, step: Step) -> None:
         pass
 
