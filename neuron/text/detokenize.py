@@ -22,10 +22,10 @@ from cortex.wire.events import (
 )
 from cortex.wire.request import Tool
 from neuron.device.jobs import SequenceEnd
-from neuron.text.forms.form import CallArguments, CallBegins, CallForm, Piece
+from neuron.text.forms.form import CallArguments, CallBegins, CallForm, Piece, ReasoningForm
 from neuron.text.forms.registry import HERMES
 from neuron.text.holdback import held_back
-from neuron.text.reasoning import ReasoningSplitter, ReasoningTags, Section
+from neuron.text.reasoning import ReasoningSplitter, Section
 from neuron.text.tools import ToolCallParser
 
 MAX_UNDECODED: Final = 16
@@ -49,7 +49,7 @@ class Detokenizer:
         choice: int = 0,
         stop: Sequence[str] = (),
         includes_stop: bool = False,
-        tags: ReasoningTags | None = None,
+        tags: ReasoningForm | None = None,
         starts_in_reasoning: bool = False,
         tools: Sequence[Tool] = (),
         call_form: CallForm = HERMES,

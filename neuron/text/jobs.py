@@ -128,9 +128,10 @@ class TextDescription(msgspec.Struct, frozen=True):
 
     can_chat: bool
     call_form: str
-    tags: tuple[str, str] | None
+    reasoning: str
+    """Name of its form of reasoning, "" for a model that does not reason."""
     tag_ids: tuple[int, int] | None
-    """Ids of the tags, where they are tokens."""
+    """Ids of the tags around reasoning, where they are tokens."""
     early_end: tuple[int, ...]
     """Tokens that end reasoning early, of which the last is the closing tag; none where the tags are no tokens."""
     markers: dict[int, str]

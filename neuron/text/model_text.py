@@ -32,7 +32,6 @@ from neuron.text.grammar import constraint_of
 from neuron.text.jobs import Step, TextDescription
 from neuron.text.matcher import Vocabulary
 from neuron.text.prompt import Prompt, PromptFormat
-from neuron.text.reasoning import EARLY_END
 from neuron.text.schema import left_out
 from neuron.text.token_bytes import token_bytes
 
@@ -206,17 +205,19 @@ class ModelText:
             end += len(piece)
             ends.append(end)
         tags, tag_ids = prompts.tags, None
+        early_end: tuple[int, ...] = ()
         if tags is not None:
             opens, closes = (files.tokenizer.token_to_id(tag) for tag in (tags.start, tags.end))
-            tag_ids = None if opens is None or closes is None else (opens, closes)
-        words = [] if tag_ids is None else files.tokenizer.encode(EARLY_END, add_special_tokens=False).ids
+            if opens is not None and closes is not None:
+                words = files.tokenizer.encode(tags.early_end, add_special_tokens=False).ids
+                tag_ids, early_end = (opens, closes), (*words, closes)
         vocabulary = sorted(files.tokenizer.get_vocab().items())
         return TextDescription(
             can_chat=prompts.can_chat,
             call_form=prompts.call_form.name,
-            tags=None if tags is None else (tags.start, tags.end),
+            reasoning="" if tags is None else tags.name,
             tag_ids=tag_ids,
-            early_end=() if tag_ids is None else (*words, tag_ids[1]),
+            early_end=early_end,
             markers=prompts.markers,
             decoder=decoder_of(files.tokenizer),
             token_bytes=b"".join(pieces),

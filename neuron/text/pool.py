@@ -33,10 +33,9 @@ from neuron.device.probe import usable_cores
 from neuron.errors import PromptTooCostlyError, TemplateError, UnsupportedTokenizerError
 from neuron.text import jobs
 from neuron.text.child import Death, TextProcess
-from neuron.text.forms.registry import FORMS
+from neuron.text.forms.registry import FORMS, REASONING_FORMS
 from neuron.text.jobs import Limits, Step
 from neuron.text.model_text import param_of_grammar
-from neuron.text.reasoning import ReasoningTags
 from neuron.text.schema import holds_schemas
 
 MAX_WAITING: Final = 1024
@@ -153,7 +152,7 @@ class TextModel:
         """Makes text of ids; it makes no ids."""
         self.can_chat = description.can_chat
         self.call_form = FORMS[description.call_form]
-        self.tags = ReasoningTags(*description.tags) if description.tags else None
+        self.tags = REASONING_FORMS.get(description.reasoning)
         self.tag_ids = description.tag_ids
         self.early_end = description.early_end
         """Ids of ``tags``; ``None`` where they are no tokens."""

@@ -25,7 +25,7 @@ from neuron.text import pieces
 from neuron.text.breakpoints import common_prefix, following
 from neuron.text.chat_template import ChatTemplate
 from neuron.text.client_text import ControlTokens, Marking, texts_in
-from neuron.text.forms.registry import MARKERS, form_of
+from neuron.text.forms.registry import MARKERS, form_of, reasoning_of
 from neuron.text.history import (
     arguments_object,
     merge_adjacent,
@@ -37,7 +37,7 @@ from neuron.text.history import (
     with_tools_as_text,
 )
 from neuron.text.infill import infill_form
-from neuron.text.reasoning import EFFORTS, ReasoningTags, nearest_effort
+from neuron.text.reasoning import EFFORTS, nearest_effort
 from neuron.text.tokenizer import TextFiles
 
 _TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -91,7 +91,7 @@ class PromptFormat:
         self._wants_short_ids = source is not None and _SHORT_IDS.search(source) is not None
         self.renders_tools = source is not None and "tools" in source
         """Whether the template has a place of its own for tools."""
-        self.tags = ReasoningTags() if source is not None and "<think>" in source else None
+        self.tags = reasoning_of(source)
         """The tags around this model's reasoning, ``None`` for a model that does not reason."""
         self._efforts = self._taken_efforts() if source is not None and "reasoning_effort" in source else None
         self.call_form = form_of(source)

@@ -4,25 +4,12 @@ Knows the tags and nothing of tokens. A text that ends in mid-thought is reasoni
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from neuron.text.forms.form import ReasoningForm
 from neuron.text.holdback import held_back
 
-
-@dataclass(frozen=True, slots=True)
-class ReasoningTags:
-    """Tags that a model writes around its reasoning."""
-
-    start: str = "<think>"
-    end: str = "</think>"
-
-
-EARLY_END: Final = (
-    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
-)
-"""Last words of reasoning whose budget is spent, before its closing tag: those of Qwen3 (arXiv:2505.09388, 4.3)."""
 EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
 """Efforts of thinking in their order, as APIs name them."""
 
@@ -47,7 +34,7 @@ class ReasoningSplitter:
     the text that a tool call begins with: models call without closing their reasoning, which ends where a line is one.
     """
 
-    def __init__(self, tags: ReasoningTags, *, starts_inside: bool, call: str = "") -> None:
+    def __init__(self, tags: ReasoningForm, *, starts_inside: bool, call: str = "") -> None:
         self._tags = tags
         self._call = call
         self._begins_line = True

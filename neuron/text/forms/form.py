@@ -1,4 +1,4 @@
-"""A form in which models write tool calls: how a template shows it, how an answer is read, how a call is forced.
+"""Forms in which models write: of tool calls, how a template shows it, how an answer is read, how a call is forced.
 
 A call begins once its name is known and its arguments have begun; they go on as the model writes them, and a client
 learns from the bytes themselves if they are not JSON in the end. What never becomes a call is text.
@@ -115,3 +115,16 @@ class CallForm:
     """Further texts in a call that may be special tokens, which a tokenizer leaves out of its text."""
     bare: str = ""
     """Text that a call begins with where the answer does, and which is part of the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningForm:
+    """Form of reasoning before an answer: text between two tags."""
+
+    name: str
+    is_shown: Callable[[str], bool]
+    """Whether a chat template shows it."""
+    start: str
+    end: str
+    early_end: str
+    """Last words of reasoning whose budget is spent, before the closing tag."""

@@ -1,9 +1,9 @@
-"""Forms of tool calls. A new one is a file beside this one and a line here."""
+"""Forms of tool calls and of reasoning. A new one is a file beside this one and a line here."""
 
 from typing import Final
 
-from neuron.text.forms import hermes, llama, mistral, xml
-from neuron.text.forms.form import CallForm
+from neuron.text.forms import hermes, llama, mistral, think, xml
+from neuron.text.forms.form import CallForm, ReasoningForm
 
 HERMES: Final = hermes.FORM
 """Form of models whose templates show none."""
@@ -11,6 +11,8 @@ FORMS: Final = {form.name: form for form in (mistral.FORM, llama.FORM, xml.FORM,
 """Forms by name, in the order in which templates are asked for them."""
 ALWAYS_READ: Final = (HERMES, xml.FORM)
 """Forms that any model may write."""
+REASONING_FORMS: Final = {form.name: form for form in (think.FORM,)}
+"""Forms of reasoning by name."""
 MARKERS: Final = frozenset(text for form in FORMS.values() for text in (form.marker, *form.tokens))
 """Texts that may be special tokens, which a tokenizer leaves out of its text."""
 
@@ -20,3 +22,8 @@ def form_of(template: str | None) -> CallForm:
     if template is None or "tools" not in template:
         return HERMES
     return next((form for form in FORMS.values() if form.is_shown(template)), HERMES)
+
+
+def reasoning_of(template: str | None) -> ReasoningForm | None:
+    """Return the form of reasoning that a chat template shows; ``None`` for a model that does not reason."""
+    return next((form for form in REASONING_FORMS.values() if template is not None and form.is_shown(template)), None)

@@ -14,7 +14,7 @@ from cortex.wire.request import Tool
 from neuron.device.jobs import SamplerSettings, SequenceEnd
 from neuron.engine.sampler import Sampler
 from neuron.text.detokenize import Detokenizer
-from neuron.text.reasoning import ReasoningTags
+from neuron.text.forms import think
 from neuron.text.token_bytes import token_bytes
 
 
@@ -85,7 +85,7 @@ def test_every_token_of_the_answer_has_one_whatever_is_held_back(tokenizer: Toke
 
 
 def test_reasoning_has_none(tokenizer: Tokenizer) -> None:
-    found = feed(tokenizer, "thought</think>yes", tags=ReasoningTags(), starts_in_reasoning=True)
+    found = feed(tokenizer, "thought</think>yes", tags=think.FORM, starts_in_reasoning=True)
     assert b"".join(logprob.utf8 for logprob in found).decode() == "yes"
 
 

@@ -172,6 +172,9 @@ def wrap(folder: pathlib.Path) -> None:
     found["model.visual.blocks.0.attn.qkv.weight"] = torch.zeros(3, 3)
     found["mtp.fc.weight"] = torch.zeros(256, 512)
     found |= {
+        f"mtp.{name}.weight": torch.zeros(256) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    }
+    found |= {
         name.replace("model.language_model.layers.3", "mtp.layers.0"): tensor.clone()
         for name, tensor in found.items()
         if "layers.3." in name

@@ -17,8 +17,8 @@ from cortex.wire.events import (
 from cortex.wire.request import Tool
 from neuron.device.jobs import SequenceEnd
 from neuron.text.detokenize import Detokenizer
+from neuron.text.forms import think
 from neuron.text.forms.registry import FORMS
-from neuron.text.reasoning import ReasoningTags
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,13 @@ def test_a_stop_string_is_part_of_the_answer_where_that_is_asked_for(byte_tokeni
 
 
 def test_a_stop_string_in_reasoning_does_not_stop(byte_tokenizer: Tokenizer) -> None:
-    events = run(byte_tokenizer, "<think>stop here</think>answer stop", stop=["stop"], tags=ReasoningTags())
+    events = run(byte_tokenizer, "<think>stop here</think>answer stop", stop=["stop"], tags=think.FORM)
     assert "".join(event.text for event in events if isinstance(event, ReasoningDelta)) == "stop here"
     assert text_of(events) == "answer "
 
 
 def test_reasoning_tokens_are_counted(byte_tokenizer: Tokenizer) -> None:
-    events = run(byte_tokenizer, "abc</think>de", tags=ReasoningTags(), starts_in_reasoning=True)
+    events = run(byte_tokenizer, "abc</think>de", tags=think.FORM, starts_in_reasoning=True)
     finished = finish_of(events)
     assert finished.output_tokens == 13
     assert finished.reasoning_tokens == 3 + len("</think>")

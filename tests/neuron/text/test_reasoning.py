@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuron.text.reasoning import ReasoningSplitter, ReasoningTags, Section, nearest_effort
+from neuron.text.forms import think
+from neuron.text.reasoning import ReasoningSplitter, Section, nearest_effort
 
 
 def split(pieces: list[str], *, inside: bool = False, call: str = "") -> tuple[str, str]:
-    splitter = ReasoningSplitter(ReasoningTags(), starts_inside=inside, call=call)
+    splitter = ReasoningSplitter(think.FORM, starts_inside=inside, call=call)
     found = [piece for text in pieces for piece in splitter.feed(text)] + splitter.close()
     assert all(text for _, text in found)
     reasoning = "".join(text for section, text in found if section is Section.REASONING)

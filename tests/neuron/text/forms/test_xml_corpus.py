@@ -6,11 +6,17 @@ from typing import Any
 
 import jsonschema
 import pytest
+from tokenizers import Tokenizer
 
+from cortex.wire.events import ReasoningDelta, TextDelta, ToolCallDelta
 from cortex.wire.request import InferenceRequest, Tool, ToolChoice, ToolMode
+from neuron.device.jobs import SequenceEnd
+from neuron.text.detokenize import Detokenizer
+from neuron.text.forms import think
 from neuron.text.forms.registry import FORMS
 from neuron.text.grammar import constraint_of
 
+from ..test_detokenize import byte_tokenizer as byte_tokenizer
 from ..test_schema import sampled
 from ..test_tools import parse_with
 
@@ -117,6 +123,27 @@ def test_each_output_in_any_cut(text: str, expected: list[Any]) -> None:
 @pytest.mark.parametrize(("text", "expected"), CUT)
 def test_an_output_that_is_cut_stays_open(text: str, expected: list[Any]) -> None:
     check(text, expected, cut=True)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_events_are_the_same_for_any_split_of_tokens(byte_tokenizer: Tokenizer, size: int) -> None:
+    """Behind reasoning that is open, in steps of so many tokens: a token is a byte here."""
+    for text, expected in CASES:
+        ids = byte_tokenizer.encode(f"I see.\n</think>\n\n{text}").ids
+        reader = Detokenizer(
+            byte_tokenizer, tags=think.FORM, starts_in_reasoning=True, tools=TOOLS, call_form=FORMS["xml"]
+        )
+        events = [event for at in range(0, len(ids), size) for event in reader.feed(ids[at : at + size])]
+        events += reader.close(SequenceEnd.STOP)
+        calls: list[list[str]] = []
+        for event in events:
+            if isinstance(event, ToolCallDelta):
+                calls += [[event.name, ""]] if event.name else []
+                calls[event.call][1] += event.arguments
+        answer = "".join(event.text for event in events if isinstance(event, TextDelta))
+        assert [tuple(call) for call in calls] == [each for each in expected if isinstance(each, tuple)]
+        assert answer == "".join(each for each in expected if isinstance(each, str))
+        assert "".join(event.text for event in events if isinstance(event, ReasoningDelta)) == "I see."
 
 
 def check(text: str, expected: list[Any], *, cut: bool) -> None:
