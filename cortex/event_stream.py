@@ -26,7 +26,6 @@ async def stream(
     *,
     heartbeat: bytes | Callable[[], bytes],
     error_event: Callable[[ApiError], bytes],
-    headers: Sequence[Header] = (),
     hold_share: float = 1.0,
 ) -> None:
     """Send an event stream of ``chunks``, each of whole SSE events, as :func:`serve_stream` does.
@@ -39,9 +38,7 @@ async def stream(
             async for chunk in chunks:
                 await out.write(chunk)
 
-    await serve_stream(
-        exchange, write, heartbeat=heartbeat, error_event=error_event, headers=headers, hold_share=hold_share
-    )
+    await serve_stream(exchange, write, heartbeat=heartbeat, error_event=error_event, hold_share=hold_share)
 
 
 async def serve_stream(

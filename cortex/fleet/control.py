@@ -89,40 +89,33 @@ class NeuronClient:
 
         ``timeout_s`` bounds the wait for the answer; the caller watches the progress, which the node reports elsewhere.
         """
-        body = msgspec.json.encode(asked)
         # On a fresh connection: it is closed only by the node, or by its end.
-        return await self._call(b"POST", b"/models/load", ModelStatus, body, timeout_s=timeout_s, is_fresh=True)
+        return await self._call(b"/models/load", ModelStatus, asked, timeout_s=timeout_s, is_fresh=True)
 
     async def fit(self, spec: ModelSpec) -> Fit:
         """Return the weights of a source that fit the node best. It asks a hub, and reads headers of files there."""
-        body = msgspec.json.encode(spec)
-        return await self._call(b"POST", b"/models/fit", Fit, body, timeout_s=FIT_TIMEOUT_S)
+        return await self._call(b"/models/fit", Fit, spec, timeout_s=FIT_TIMEOUT_S)
 
     async def pull(self, spec: ModelSpec, *, timeout_s: float) -> ModelStatus:
         """Download the files of a model, and return when they are there. It goes on if the caller stops waiting."""
-        body = msgspec.json.encode(spec)
-        return await self._call(b"POST", b"/models/pull", ModelStatus, body, timeout_s=timeout_s, is_fresh=True)
+        return await self._call(b"/models/pull", ModelStatus, spec, timeout_s=timeout_s, is_fresh=True)
 
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
         """Unload a model and return when it is gone: after its running requests, or the drain timeout."""
         timeout_s = asked.drain_timeout_s + UNLOAD_TIMEOUT_S
-        return await self._call(
-            b"POST", b"/models/unload", ModelStatus, msgspec.json.encode(asked), timeout_s=timeout_s
-        )
+        return await self._call(b"/models/unload", ModelStatus, asked, timeout_s=timeout_s)
 
     async def forget(self, asked: ForgetRequest) -> ModelStatus:
         """Remove a model that is not loaded from the node's list; return its last status."""
-        body = msgspec.json.encode(asked)
-        return await self._call(b"POST", b"/models/forget", ModelStatus, body, timeout_s=self._timeout_s)
+        return await self._call(b"/models/forget", ModelStatus, asked, timeout_s=self._timeout_s)
 
     async def pin(self, asked: PinRequest) -> ModelStatus:
         """Change the pin and retention of a model."""
-        body = msgspec.json.encode(asked)
-        return await self._call(b"POST", b"/models/pin", ModelStatus, body, timeout_s=self._timeout_s)
+        return await self._call(b"/models/pin", ModelStatus, asked, timeout_s=self._timeout_s)
 
     async def drain(self, asked: DrainRequest) -> Health:
         """Have the node stop accepting requests and loads, or accept them again."""
-        return await self._call(b"POST", b"/drain", Health, msgspec.json.encode(asked), timeout_s=self._timeout_s)
+        return await self._call(b"/drain", Health, asked, timeout_s=self._timeout_s)
 
     def close(self) -> None:
         """Close the connections."""
@@ -150,26 +143,26 @@ class NeuronClient:
         """Get a resource that a daemon has at hand, within the timeout of a poll."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._call(b"GET", target, kind, timeout_s=self._timeout_s)
+                return await self._call(target, kind, timeout_s=self._timeout_s)
         except TimeoutError:
             message = f"{self.name} did not answer {target.decode()} within {self._timeout_s:g} s."
             raise UpstreamTimeoutError(message) from None
 
     async def _call(
         self,
-        method: bytes,
         target: bytes,
         kind: type[T],
-        body: bytes = b"",
+        asked: msgspec.Struct | None = None,
         *,
         timeout_s: float,
         is_fresh: bool = False,
     ) -> T:
+        """Post what is ``asked``, or get a resource, and return the answer."""
         response = await self._pool.request(
-            method,
+            b"GET" if asked is None else b"POST",
             target,
-            JSON_HEADERS if body else (),
-            body,
+            () if asked is None else JSON_HEADERS,
+            b"" if asked is None else msgspec.json.encode(asked),
             first_byte_s=timeout_s,
             stall_s=self._timeout_s,
             is_fresh=is_fresh,
