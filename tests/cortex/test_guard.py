@@ -217,6 +217,15 @@ async def test_a_preflight_is_answered() -> None:
         assert (plain.status, "POST" in plain.headers["allow"]) == (204, True)
 
 
+@pytest.mark.parametrize("path", ["/admin/fleet", "/admin/models", "/admin/reload", "/health"])
+async def test_no_origin_is_allowed_outside_of_the_clients_paths(path: str) -> None:
+    async with rig(FakeNode().ready("m"), allowed_origins=(CHAT_PAGE,)) as gateway:
+        asks = {**HERE, "origin": CHAT_PAGE, "access-control-request-method": "GET"}
+        for method in ("OPTIONS", "GET", "POST"):
+            call = await gateway.call(method, path, b"", asks).end()
+            assert not any(name.startswith("access-control") for name in call.headers)
+
+
 async def test_every_origin_is_for_requests_with_a_key() -> None:
     keys = ring((KEY, Principal("alice")), anonymous=Principal(ANONYMOUS))
     async with rig(FakeNode().ready("m"), keys=keys, allowed_origins=("*",)) as gateway:

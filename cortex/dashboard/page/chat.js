@@ -1,9 +1,11 @@
-// A conversation with a model: text, reasoning and calls as they arrive. Text is never rendered as markup.
+// A conversation with a model, or the same with two side by side: text, reasoning and calls as they arrive. Text is never
+// rendered as markup.
 
 import { toast } from "./acts.js";
-import { dialects, EXAMPLE_TOOL, readTools } from "./dialects.js";
+import { dialects, EXAMPLE_SCHEMA, EXAMPLE_TOOL, readSchema, readTools } from "./dialects.js";
 import { $, h, text } from "./dom.js";
 import { sseEvents } from "./events.js";
+import { exports } from "./export.js";
 import { count, seconds } from "./format.js";
 import { ask, complaint, key } from "./session.js";
 import { byName } from "./store.js";
@@ -64,19 +66,46 @@ class Answer {
   }
 }
 
+// A message of the user and its answers, one of each model: a row of the conversation.
+class Turn {
+  constructor(message) {
+    this.message = message;
+    this.answers = [];
+    this.row = h("div.answers");
+    this.element = h("div.turn", {}, h("article.message.user", {}, h("h3", {}, "You"), h("pre.text", {}, message)), this.row);
+  }
+
+  begin(talk, models) {
+    this.answers = models.map((model) => new Answer(talk, model));
+    this.row.replaceChildren(...this.answers.map(({ element }) => element));
+  }
+
+  // The text of a model's answer, or of the other's where only one was asked.
+  text(column) { return (this.answers[column] ?? this.answers[0])?.text ?? ""; }
+}
+
+const numberIn = (id) => ($(id).value === "" ? null : Number($(id).value));
+
 export class Chat {
   constructor() {
-    this.messages = [];
+    this.turns = [];
     this.abort = null;
+    this.last = null;
     this.talk = $("talk");
     this.empty = this.talk.firstElementChild;
     $("chat-dialect").append(...dialects.map(({ name }, index) => h("option", { value: index }, name)));
+    $("code-kind").append(...Object.keys(exports).map((name) => h("option", {}, name)));
     $("chat-form").addEventListener("submit", (event) => { event.preventDefault(); if (this.abort) this.stop(); else this.send(); });
     $("chat-text").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!this.abort) this.send(); }
     });
     $("chat-clear").addEventListener("click", () => { this.clear(); $("chat-text").focus(); });
+    $("chat-again").addEventListener("click", () => this.again());
+    $("chat-code").addEventListener("click", () => this.showCode());
+    $("code-kind").addEventListener("change", () => this.writeCode());
+    $("code-copy").addEventListener("click", () => this.copyCode());
     $("chat-example").addEventListener("click", () => { $("chat-tools").value = JSON.stringify(EXAMPLE_TOOL, null, 2); });
+    $("chat-schema-example").addEventListener("click", () => { $("chat-schema").value = JSON.stringify(EXAMPLE_SCHEMA, null, 2); });
   }
 
   // Fetch the models that the signed-in key may use.
@@ -97,44 +126,105 @@ export class Chat {
     this.listing = listing;
     const chosen = select.value;
     const group = (label, some) => (some.length ? [h("optgroup", { label }, ...some.map(({ id }) => h("option", { value: id }, id)))] : []);
-    select.replaceChildren(...group("Ready", ready), ...group("Loaded when asked", models.filter((model) => model.state !== "ready")));
+    const groups = () => [...group("Ready", ready), ...group("Loaded when asked", models.filter((model) => model.state !== "ready"))];
+    const other = $("chat-other");
+    const compared = other.value;
+    select.replaceChildren(...groups());
+    other.replaceChildren(h("option", { value: "" }, "no other"), ...groups());
     if (models.some(({ id }) => id === chosen)) select.value = chosen;
+    if (models.some(({ id }) => id === compared)) other.value = compared;
     if (listed.length) text($("chat-count"), "");
   }
 
   clear() {
     this.stop();
-    this.messages = [];
+    this.turns = [];
+    this.last = null;
     this.talk.replaceChildren(this.empty);
+    this.offer();
   }
 
   stop() { this.abort?.abort(); }
 
-  async send() {
-    const typed = $("chat-text").value.trim();
-    const model = $("chat-model").value;
-    if (!typed || !model) { if (!model) toast("There is no model to talk to.", "bad"); return; }
-    let tools;
-    try { tools = readTools($("chat-tools").value); } catch (error) { toast(error.message, "bad"); return; }
-    const temperature = $("chat-temperature").value === "" ? null : Number($("chat-temperature").value);
-    const dialect = dialects[Number($("chat-dialect").value)];
-    this.messages.push({ role: "user", text: typed });
-    const body = dialect.body({
-      model, system: $("chat-system").value.trim(), messages: this.messages, limit: Number($("chat-limit").value) || 0, temperature, tools,
-    });
-    this.empty.remove();
-    const answer = new Answer(this.talk, model);
-    this.talk.append(h("article.message.user", {}, h("h3", {}, "You"), h("pre.text", {}, typed)), answer.element);
-    this.talk.scrollTop = this.talk.scrollHeight;
-    $("chat-text").value = "";
-    await this.follow(dialect, body, answer);
-    if (answer.text) this.messages.push({ role: "assistant", text: answer.text });
-    else this.messages.pop(); // a message without an answer would leave two of the user's in a row
+  // Enable the buttons that need something to work with.
+  offer() {
+    $("chat-again").disabled = Boolean(this.abort) || !this.turns.length;
+    $("chat-code").disabled = !this.last;
   }
 
-  async follow(dialect, body, answer) {
+  // The request's settings as they stand on the page; null after a complaint.
+  settings() {
+    const models = [$("chat-model").value, $("chat-other").value].filter(Boolean);
+    if (!$("chat-model").value) { toast("There is no model to talk to.", "bad"); return null; }
+    try {
+      return {
+        models, dialect: dialects[Number($("chat-dialect").value)], system: $("chat-system").value.trim(),
+        limit: Number($("chat-limit").value) || 0, temperature: numberIn("chat-temperature"), topP: numberIn("chat-top-p"),
+        schema: readSchema($("chat-schema").value), tools: readTools($("chat-tools").value),
+      };
+    } catch (error) { toast(error.message, "bad"); return null; }
+  }
+
+  async send() {
+    const typed = $("chat-text").value.trim();
+    const settings = typed && this.settings();
+    if (!settings) return;
+    const turn = new Turn(typed);
+    this.empty.remove();
+    this.turns.push(turn);
+    this.talk.append(turn.element);
+    $("chat-text").value = "";
+    await this.run(turn, settings);
+  }
+
+  // Answer the last message anew, with the settings as they are now.
+  async again() {
+    const settings = this.turns.length && !this.abort && this.settings();
+    if (settings) await this.run(this.turns.at(-1), settings);
+  }
+
+  async run(turn, { models, dialect, ...settings }) {
     const abort = (this.abort = new AbortController());
+    const before = this.turns.slice(0, this.turns.indexOf(turn));
+    turn.begin(this.talk, models);
+    this.talk.scrollTop = this.talk.scrollHeight;
     text($("chat-send"), "Stop");
+    const bodies = models.map((model, column) => {
+      // A message without an answer would leave two of the user's in a row.
+      const messages = before.filter((earlier) => earlier.text(column)).flatMap((earlier) => [
+        { role: "user", text: earlier.message }, { role: "assistant", text: earlier.text(column) },
+      ]);
+      return dialect.body({ ...settings, model, messages: [...messages, { role: "user", text: turn.message }] });
+    });
+    this.last = { dialect, body: bodies[0] };
+    this.offer();
+    await Promise.all(turn.answers.map((answer, column) => this.follow(dialect, bodies[column], answer, abort)));
+    if (this.abort === abort) this.abort = null;
+    text($("chat-send"), "Send");
+    this.offer();
+  }
+
+  showCode() {
+    this.writeCode();
+    text($("code-copy"), "Copy");
+    $("code-dialog").showModal();
+  }
+
+  writeCode() {
+    const base = new URL(".", location.href).href.replace(/\/$/, "");
+    $("code-text").value = exports[$("code-kind").value](this.last.dialect, this.last.body, base);
+  }
+
+  // Without TLS a browser gives a page no clipboard: the text is selected then, for the keyboard.
+  async copyCode() {
+    $("code-text").select();
+    try {
+      await navigator.clipboard.writeText($("code-text").value);
+      text($("code-copy"), "Copied");
+    } catch { text($("code-copy"), "Selected: press Ctrl+C"); }
+  }
+
+  async follow(dialect, body, answer, abort) {
     const began = performance.now();
     let first = null;
     let usage = null;
@@ -158,8 +248,6 @@ export class Chat {
       else failure = "The gateway does not answer.";
     }
     answer.draw();
-    this.abort = null;
-    text($("chat-send"), "Send");
     this.tell(answer, { began, first, usage, reason, failure });
   }
 

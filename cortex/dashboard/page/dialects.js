@@ -5,7 +5,7 @@
 
 const toMessages = (messages) => messages.filter((message) => message.text).map(({ role, text }) => ({ role, content: text }));
 
-function chat({ model, system, messages, limit, temperature, tools }) {
+function chat({ model, system, messages, limit, temperature, topP, schema, tools }) {
   return {
     model,
     messages: [...(system ? [{ role: "system", content: system }] : []), ...toMessages(messages)],
@@ -13,6 +13,8 @@ function chat({ model, system, messages, limit, temperature, tools }) {
     stream_options: { include_usage: true },
     ...(limit && { max_completion_tokens: limit }),
     ...(temperature !== null && { temperature }),
+    ...(topP !== null && { top_p: topP }),
+    ...(schema && { response_format: { type: "json_schema", json_schema: { name: "answer", schema } } }),
     ...(tools.length && { tools: tools.map((tool) => ({ type: "function", function: tool })) }),
   };
 }
@@ -38,7 +40,7 @@ function readChat({ data }, on) {
   }
 }
 
-function responses({ model, system, messages, limit, temperature, tools }) {
+function responses({ model, system, messages, limit, temperature, topP, schema, tools }) {
   return {
     model,
     ...(system && { instructions: system }),
@@ -47,6 +49,8 @@ function responses({ model, system, messages, limit, temperature, tools }) {
     store: false,
     ...(limit && { max_output_tokens: limit }),
     ...(temperature !== null && { temperature }),
+    ...(topP !== null && { top_p: topP }),
+    ...(schema && { text: { format: { type: "json_schema", name: "answer", schema } } }),
     ...(tools.length && { tools: tools.map((tool) => ({ type: "function", ...tool })) }),
   };
 }
@@ -76,7 +80,7 @@ function readResponses({ data }, on) {
   }
 }
 
-function messages({ model, system, messages, limit, temperature, tools }) {
+function messages({ model, system, messages, limit, temperature, topP, schema, tools }) {
   return {
     model,
     ...(system && { system }),
@@ -84,6 +88,8 @@ function messages({ model, system, messages, limit, temperature, tools }) {
     stream: true,
     max_tokens: limit || 4096, // this dialect asks for a limit
     ...(temperature !== null && { temperature: Math.min(1, temperature) }),
+    ...(topP !== null && { top_p: topP }),
+    ...(schema && { output_config: { format: { type: "json_schema", schema } } }),
     ...(tools.length && {
       tools: tools.map(({ name, description, parameters }) => ({ name, description, input_schema: parameters ?? { type: "object" } })),
     }),
@@ -113,11 +119,37 @@ function readMessages({ data }, on) {
   }
 }
 
+// `python` says how the dialect's SDK makes the same request, and prints the answer. Parameters in `unknown` are this
+// server's and not, or no longer, the SDK's.
 export const dialects = [
-  { name: "OpenAI chat", path: "v1/chat/completions", body: chat, read: readChat },
-  { name: "OpenAI responses", path: "v1/responses", body: responses, read: readResponses },
-  { name: "Anthropic messages", path: "v1/messages", body: messages, read: readMessages },
+  {
+    name: "OpenAI chat", path: "v1/chat/completions", body: chat, read: readChat,
+    python: {
+      module: "openai", client: "OpenAI", path: "/v1", call: "chat.completions.create",
+      print: "print(answer.choices[0].message.content)",
+    },
+  },
+  {
+    name: "OpenAI responses", path: "v1/responses", body: responses, read: readResponses,
+    python: { module: "openai", client: "OpenAI", path: "/v1", call: "responses.create", print: "print(answer.output_text)" },
+  },
+  {
+    name: "Anthropic messages", path: "v1/messages", body: messages, read: readMessages,
+    python: {
+      module: "anthropic", client: "Anthropic", path: "", call: "messages.create", unknown: ["temperature", "top_p"],
+      print: 'print("".join(block.text for block in answer.content if block.type == "text"))',
+    },
+  },
 ];
+
+// Parse the JSON Schema that an answer must match; null if there is none. Throws on an invalid one.
+export function readSchema(typed) {
+  if (!typed.trim()) return null;
+  let parsed;
+  try { parsed = JSON.parse(typed); } catch (error) { throw new Error(`The schema is not JSON: ${error.message}`); }
+  if (parsed === null || typeof parsed !== "object" || Array.isArray(parsed)) throw new Error("The schema is no JSON object.");
+  return parsed;
+}
 
 // Parse the tools of a request: a list, in the form of any of the dialects. Throws on an invalid list.
 export function readTools(typed) {
@@ -136,3 +168,10 @@ export const EXAMPLE_TOOL = [{
   description: "Tell the weather of a city.",
   parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] },
 }];
+
+export const EXAMPLE_SCHEMA = {
+  type: "object",
+  properties: { city: { type: "string" }, country: { type: "string" } },
+  required: ["city", "country"],
+  additionalProperties: false,
+};

@@ -15,6 +15,8 @@ export class Feed {
     this.abort = null;
     this.wake = () => {};
     addEventListener("online", () => this.wake());
+    // A browser keeps a page that was left, for its way back, with its connections: one of the six that a host gets.
+    addEventListener("pagehide", () => this.abort?.abort());
     document.addEventListener("visibilitychange", () => { if (!document.hidden) this.wake(); });
   }
 

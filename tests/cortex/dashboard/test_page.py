@@ -199,6 +199,77 @@ def test_an_answer_can_be_stopped_and_an_error_is_shown(opened: Page) -> None:
     opened.until("document.querySelector('.toast.bad')?.textContent.includes('not JSON')")
 
 
+def set_value(page: Page, element: str, value: str) -> None:
+    page.run(f"document.getElementById({json.dumps(element)}).value = {json.dumps(value)}")
+
+
+def answers(page: Page) -> list[str]:
+    page.until("[...document.querySelectorAll('.message.assistant')].every((answer) => answer.dataset.done)", 60)
+    return list(page.run("[...document.querySelectorAll('.message.assistant .text')].map((text) => text.textContent)"))
+
+
+def test_two_models_answer_side_by_side_and_each_has_its_own_history(opened: Page) -> None:
+    load(opened, SLOW)
+    set_value(opened, "chat-other", SLOW)
+    send_chat(opened, "m", "tokens=2")
+    assert answers(opened) == ["Hello", f"{SLOW}:0 {SLOW}:1 "]
+    left, right = opened.run(
+        "[...document.querySelectorAll('.message.assistant')].map((answer) => answer.getBoundingClientRect().top)"
+    )
+    assert left == right
+    set_value(opened, "chat-other", "")
+    send_chat(opened, "m", "turns of it")
+    assert answers(opened)[-1] == "user:tokens=2|assistant:Hello|user:turns of it"
+    assert opened.run("[...document.querySelectorAll('.assistant h3')].map((h) => h.textContent)") == ["m", SLOW, "m"]
+
+
+def test_an_answer_is_made_again_with_changed_settings(opened: Page) -> None:
+    send_chat(opened, "m", "tokens first")
+    send_chat(opened, "m", "turns second")
+    wanted = "user:tokens first|assistant:tokens first|user:turns second"
+    assert answers(opened) == ["tokens first", wanted]
+    set_value(opened, "chat-system", "Be brief.")
+    opened.click("#chat-again")
+    opened.until("[...document.querySelectorAll('.assistant .text')].at(-1).textContent.startsWith('system')")
+    assert answers(opened) == ["tokens first", f"system:Be brief.|{wanted}"]
+    send_chat(opened, "m", "fail now")
+    assert "failed" in send_chat(opened, "m", "fail now")
+    set_value(opened, "chat-system", "")
+    assert send_chat(opened, "m", "turns last").startswith("m\nuser:tokens first"), "without those that failed"
+
+
+@pytest.mark.parametrize("dialect", [0, 1, 2])
+def test_an_answer_is_held_to_a_schema_and_its_request_is_code(
+    opened: Page, dialect: int, tmp_path: pathlib.Path
+) -> None:
+    opened.run("document.querySelector('.chat-more').open = true")
+    opened.click("#chat-schema-example")
+    opened.run("document.querySelector('.chat-more').open = false")
+    set_value(opened, "chat-top-p", "0.9")
+    set_value(opened, "chat-system", "It's 'quoted', \\ and \"so on\".")
+    assert '{"city":"Paris"}' in send_chat(opened, "m", "json please", dialect)
+    opened.click("#chat-code")
+    opened.until("document.getElementById('code-dialog').open")
+    found = {}
+    for kind in ("curl", "Python"):
+        set_value(opened, "code-kind", kind)
+        opened.run("document.getElementById('code-kind').dispatchEvent(new Event('change'))")
+        found[kind] = str(opened.run("document.getElementById('code-text').value"))
+    (tmp_path / "try.py").write_text(found["Python"])
+    for command in (["/bin/sh", "-c", found["curl"]], [sys.executable, str(tmp_path / "try.py")]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Paris" in done.stdout
+    assert "sk-" not in "".join(found.values())
+    check_axe(opened)
+    opened.press("Escape")
+    set_value(opened, "chat-schema", "[")
+    opened.click("#chat-text")
+    opened.type("Hi")
+    opened.press("Enter")
+    opened.until("document.querySelector('.toast.bad')?.textContent.includes('The schema is not JSON')")
+
+
 # ------------------------------------------------------------------ the connection
 
 
@@ -220,6 +291,14 @@ def test_a_gateway_that_goes_and_comes_back_is_followed(opened: Page, gateway: G
     expected = re.compile(r"net::ERR_|status of 503 ")
     assert all(expected.search(complaint) for complaint in opened.complaints), opened.complaints
     opened.complaints.clear()
+
+
+def test_a_page_that_is_left_holds_no_connection(opened: Page, gateway: Gateway) -> None:
+    """Of more than the six that a browser opens to a host: it keeps a page for the way back."""
+    for _ in range(7):
+        opened.go("about:blank")
+        opened.go(gateway.link)
+        opened.until("document.getElementById('link')?.dataset.state === 'live'", what="the feed is live")
 
 
 def test_a_gateway_that_falls_silent_is_noticed(opened: Page, gateway: Gateway) -> None:
