@@ -25,6 +25,7 @@ from cortex.settings import ConfigError
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, InvalidRequestError, ModelNotFoundError
 from cortex.wire.node import (
+    Count,
     Device,
     DrainRequest,
     ForgetRequest,
@@ -88,11 +89,17 @@ class KeysReport(msgspec.Struct, frozen=True):
 
 
 class ModelAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /admin/models/load`` and ``unload``: without ``node``, the best one, or all that have it."""
+    """``POST /admin/models/unload``, or a load: without ``node``, the best one, or all that have it."""
 
     model: str
     node: str = ""
     drain_timeout_s: float = 30.0
+
+
+class LoadAct(ModelAct, frozen=True, forbid_unknown_fields=True):
+    """``POST /admin/models/load``; ``evict_for_tokens`` is the context for which a ``node`` evicts others."""
+
+    evict_for_tokens: Count = 0
 
 
 class ForgetAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,12 +172,14 @@ class Admin:
 
     async def load(self, exchange: Exchange) -> None:
         """``POST /admin/models/load``: returns when the model is ready."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), ModelAct)
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), LoadAct)
         profile = self._profile(asked.model)
         if asked.node:
             self._neuron(asked.node)
-            await self._service.loader.load_on(asked.node, profile)
+            await self._service.loader.load_on(asked.node, profile, evict_for_tokens=asked.evict_for_tokens)
             name = asked.node
+        elif asked.evict_for_tokens:
+            raise InvalidRequestError("'evict_for_tokens' is for a load on one 'node'.", param="evict_for_tokens")
         else:
             candidates = placement.choose(self._fleet.state, profile)
             if not candidates:

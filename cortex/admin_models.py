@@ -80,6 +80,8 @@ class FitReport(msgspec.Struct, frozen=True):
     offered: bool = False
     node: str = ""
     weights: ChosenWeights | None = None
+    evict_for_tokens: int = 0
+    """Context for which the load evicts idle models, where that is part of the choice."""
     passed_over: tuple[PassedOverOnNode, ...] = ()
 
 
@@ -234,6 +236,7 @@ class ModelAdmin:
             _with_weights(profile, found.node, found.weights),
             node=found.node,
             weights=found.weights,
+            evict_for_tokens=min(found.weights.context_tokens, WANTED_TOKENS) if found.weights.evicts else 0,
             passed_over=found.passed_over,
         )
 
@@ -265,17 +268,12 @@ class ModelAdmin:
 
 
 def _with_weights(profile: ModelProfile, node: str, weights: ChosenWeights) -> ModelProfile:
-    """Return the profile of the chosen weights.
-
-    A node evicts for the context that a profile demands, so one is demanded where evictions are part of the choice.
-    """
-    evicted_for = min(weights.context_tokens, profile.context_tokens or WANTED_TOKENS)
+    """Return the profile of the chosen weights."""
     return msgspec.structs.replace(
         profile,
         source=naming.with_choice(profile.source, weights.choice),
         preferred_nodes=(node,),
         tensor_parallel=len(weights.devices),
-        context_tokens=evicted_for if weights.evicts else profile.context_tokens,
         memory_bytes=0,
     )
 

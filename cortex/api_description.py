@@ -1,7 +1,7 @@
 """The gateway's operations for ``/openapi.json``. A test compares them with the paths that are served."""
 
 from cortex import __version__
-from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, KeysReport, ModelAct, PinAct
+from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, KeysReport, LoadAct, ModelAct, PinAct
 from cortex.admin_models import FitAct, FitReport, KnownReport, PullAct, Removed
 from cortex.config import ModelProfile
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
@@ -53,7 +53,7 @@ OPERATIONS = (
     Operation("POST", "/admin/models/fit", "Choose a node, and weights that fit there.", FitReport, FitAct),
     Operation("POST", "/admin/models/pull", "Download the files of a model.", Acted, PullAct),
     Operation("DELETE", "/admin/models/{model}", "Remove an added model.", Removed),
-    Operation("POST", "/admin/models/load", "Load a model.", Acted, ModelAct),
+    Operation("POST", "/admin/models/load", "Load a model.", Acted, LoadAct),
     Operation("POST", "/admin/models/unload", "Unload a model.", Acted, ModelAct),
     Operation("POST", "/admin/models/forget", "Remove a model from the lists of nodes.", Acted, ForgetAct),
     Operation("POST", "/admin/models/pin", "Pin or unpin a model.", Acted, PinAct),

@@ -137,9 +137,12 @@ def _prepare(options: argparse.Namespace, model: str, loads: bool) -> str:
         ask(options, "POST", "/admin/models", profile)
     elif loads and _is_ready(options, name):
         return name
+    body = {"model": name, "node": plan["node"]}
+    if loads and is_new:
+        body["evict_for_tokens"] = plan["evict_for_tokens"]
     try:
         with watched(options, name):
-            ask(options, "POST", f"/admin/models/{'load' if loads else 'pull'}", {"model": name, "node": plan["node"]})
+            ask(options, "POST", f"/admin/models/{'load' if loads else 'pull'}", body)
     except GatewayError as error:
         if is_new and 400 <= error.status < 500:  # no later load would do better
             ask(options, "DELETE", f"/admin/models/{urllib.parse.quote(name)}")

@@ -86,8 +86,12 @@ class Loader:
                 raise self._stopped_by from None
             raise
 
-    async def load_on(self, name: str, profile: ModelProfile, *, may_evict: bool = True) -> ModelStatus:
+    async def load_on(
+        self, name: str, profile: ModelProfile, *, may_evict: bool = True, evict_for_tokens: int = 0
+    ) -> ModelStatus:
         """Load a model on one node, and return when it is ready there.
+
+        ``evict_for_tokens`` is the context for which it evicts others, where the profile demands none.
 
         Raises:
             LoadFailedError: nodes died of this load, so that it is not tried for a while.
@@ -100,7 +104,7 @@ class Loader:
                 retry_after_s=REMEMBER_S,
             )
         log.info("model=%s node=%s load evict=%d", profile.id, name, may_evict)
-        asked = self._request(name, profile, may_evict)
+        asked = self._request(name, profile, may_evict, evict_for_tokens)
         sent_at = time.monotonic()
         try:
             status = await self._load_on(name, asked)
@@ -140,13 +144,14 @@ class Loader:
         if not task.cancelled():
             task.exception()  # retrieved, even if no request waits any more
 
-    def _request(self, name: str, profile: ModelProfile, may_evict: bool) -> LoadRequest:
+    def _request(self, name: str, profile: ModelProfile, may_evict: bool, evict_for_tokens: int) -> LoadRequest:
+        eviction = Eviction(self.eviction.strategy, self.eviction.defrag_after_cycles, evict_for_tokens)
         return LoadRequest(
             **{field: getattr(profile, field) for field in profile.spec().__struct_fields__},
             pinned=name in profile.pinned,
             priority=profile.priority,
             idle_ttl_s=profile.idle_ttl_s,
-            evict=Eviction(self.eviction.strategy, self.eviction.defrag_after_cycles) if may_evict else None,
+            evict=eviction if may_evict else None,
         )
 
     async def _load(self, profile: ModelProfile, candidates: tuple[str, ...], may_evict: bool) -> str:

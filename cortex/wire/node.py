@@ -200,6 +200,8 @@ class Eviction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     strategy: EvictionStrategy = EvictionStrategy.LRU
     defrag_after_cycles: Count = 0
     """Unloads on a device after which its worker is replaced when it is idle; 0: never."""
+    context_tokens: Count = 0
+    """Context for which models are evicted, where the load itself demands none; 0: the least that it can have."""
 
 
 class LoadRequest(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):

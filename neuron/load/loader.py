@@ -61,8 +61,12 @@ class Loader:
             entry.progress = _FETCH_SHARE + (1.0 - _FETCH_SHARE) * fraction
 
         path, spec = await self._fetch(entry)
-        need = await entry.harness.measure(spec, path)
+        need = least = await entry.harness.measure(spec, path)
+        if entry.evict is not None and entry.evict.context_tokens and not spec.context_tokens:
+            roomy = msgspec.structs.replace(spec, context_tokens=entry.evict.context_tokens)
+            need = await entry.harness.measure(roomy, path)
         async with self._evictor.devices_for(entry, need) as devices:
+            entry.need = least
             start = time.monotonic()
             model = await entry.harness.load(
                 msgspec.structs.replace(spec, devices=devices) if devices else spec, path, loaded

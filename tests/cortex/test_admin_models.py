@@ -231,15 +231,22 @@ async def test_known_models_are_listed() -> None:
         assert {model["name"] for model in listed} == set(known_models())
 
 
-async def test_a_context_is_demanded_where_models_are_evicted_for_it() -> None:
+async def test_idle_models_are_evicted_for_the_context_that_was_wanted() -> None:
     node = FakeNode()
-    async with rig(node) as gateway:
-        for asked, reached, demanded in ((0, 32768, 8192), (0, 4096, 4096), (16384, 16384, 16384)):
+    async with rig(node, models=(PROFILE,)) as gateway:
+        for asked, reached, worth in ((0, 32768, 8192), (0, 4096, 4096), (16384, 16384, 8192)):
             node.fit = Fit(weights("Q4_0", context_tokens=reached, evicts=True))
             body = {"model": "hf:o/n", "context_tokens": asked}
-            call = await gateway.call("POST", "/admin/models/fit", body).end()
-            assert call.json()["profile"]["context_tokens"] == demanded
+            report = (await gateway.call("POST", "/admin/models/fit", body).end()).json()
+            assert (report["profile"]["context_tokens"], report["evict_for_tokens"]) == (asked, worth)
             assert node.fit_specs[-1].context_tokens == asked
+        body = {"model": "m", "node": "a", "evict_for_tokens": 4096}
+        assert (await gateway.call("POST", "/admin/models/load", body).end()).status == 200
+        evict = node.load_requests[-1].evict
+        assert evict is not None
+        assert evict.context_tokens == 4096
+        anywhere = await gateway.call("POST", "/admin/models/load", {"model": "m", "evict_for_tokens": 1}).end()
+        assert (anywhere.status, anywhere.json()["error"]["param"]) == (400, "evict_for_tokens")
 
 
 @pytest.mark.parametrize(

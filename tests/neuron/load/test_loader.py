@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 import pytest
 from file_server import publish_repository, serve_files
-from scripted_model import ScriptedHarness
+from scripted_model import GIB, ScriptedHarness, describe
 
 from cortex.wire.errors import UnavailableError
-from cortex.wire.node import ModelSpec, ModelState
+from cortex.wire.node import Eviction, ModelSpec, ModelState
 from neuron import metrics
 from neuron.errors import ModelConflictError, ModelNotReadyError, SourceNotFoundError
+from neuron.harness import Requirement
 from neuron.load import source
 from neuron.load.entry import Entry
-from neuron.load.eviction import Evictor
+from neuron.load.eviction import EvictionTimeouts, Evictor
 from neuron.load.loader import Loader
 from neuron.load.table import ModelTable
 
@@ -135,3 +136,36 @@ def test_files_are_downloaded_without_a_load(tmp_path: pathlib.Path, monkeypatch
         publish_repository(site, FILES)
         monkeypatch.setenv("HF_ENDPOINT", site.address)
         asyncio.run(story())
+
+
+def test_models_are_evicted_for_the_context_that_is_worth_it(tmp_path: pathlib.Path) -> None:
+    """A load that demands no context gets by with the least, unless its evictions are for more."""
+
+    class Harness(ScriptedHarness):
+        async def measure(self, spec: ModelSpec, path: pathlib.Path) -> Requirement:
+            need = await super().measure(spec, path)
+            return Requirement(
+                {device: least + spec.context_tokens * (GIB >> 10) for device, least in need.bytes_on.items()}
+            )
+
+    async def story() -> None:
+        models, harness = ModelTable(lambda entry: loader.load(entry)), Harness(total_bytes={"cuda:0": 10 * GIB})
+        loader = Loader(tmp_path, Evictor(models, EvictionTimeouts(0, 0, 0)))
+
+        def spec(name: str, gib: float) -> ModelSpec:
+            return ModelSpec(name, str(describe(tmp_path, name, gib, load_s=0)))
+
+        def ready() -> set[str]:
+            return {status.id for status in models.statuses() if status.state is ModelState.READY}
+
+        await models.load(spec("old", 4), harness)
+        await models.load(spec("new", 4), harness, evict=Eviction(context_tokens=1024))
+        assert ready() == {"old", "new"}, "there is room for both"
+        await models.unload("new", 0)
+        status = await models.load(spec("new", 4), harness, evict=Eviction(context_tokens=4096))
+        assert ready() == {"new"}
+        assert status.required_bytes == 4 * GIB, "what it needs at least"
+        await models.load(spec("other", 4), harness, evict=Eviction())
+        assert ready() == {"new", "other"}
+
+    asyncio.run(story())
