@@ -145,6 +145,7 @@ def test_quantised_files(
     shutil.copytree(folder, tmp_path / "plain")
     save_file(expected, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
     source = open_weights(packed)
+    assert (source.config.draft_head is not None) == (layout == "wrapped")
     check(source, logits_of(tmp_path / "plain"))
     check_ranks(source, quantization.STORED, 2)
     source.close()

@@ -99,7 +99,7 @@ def run(
     parts = attention_parts(*arrays, 16, HOST, window)
     slots = torch.tensor([3, 1, 2], dtype=torch.int32)
     batch = dataclasses.replace(batch, parts=parts, num_decodes=2, state_slots=slots)
-    num_pages, make = [pages] * len(config.layers), lambda shape, dtype: torch.zeros(shape, dtype=dtype)
+    num_pages, make = [pages] * len(config.caches()), lambda shape, dtype: torch.zeros(shape, dtype=dtype)
     caches = decoder.new_caches(config, num_pages, 4, torch.float32, make, shard).layers
     ids = torch.randint(config.vocab_size, (11,), generator=generator)
     forward = decoder.Decoder(config, weights, EAGER, sum_ranks)

@@ -126,7 +126,7 @@ def prefill(weights: decoder.DecoderWeights, config: ModelConfig) -> torch.Tenso
     arrays = (batch.cu_seqlens.numpy(), batch.page_table.numpy(), batch.context_lens.numpy())
     slots = torch.tensor([1], dtype=torch.int32)
     batch = dataclasses.replace(batch, parts=attention_parts(*arrays, 16, HOST, 0), state_slots=slots)
-    num_pages, make = [pages] * len(config.layers), lambda shape, dtype: torch.zeros(shape, dtype=dtype)
+    num_pages, make = [pages] * len(config.caches()), lambda shape, dtype: torch.zeros(shape, dtype=dtype)
     caches = decoder.new_caches(config, num_pages, 2, torch.float32, make).layers
     forward = decoder.Decoder(config, weights, EAGER)
     return forward.logits(forward.hidden(PROMPT, [batch] * len(caches), caches))
