@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from neuron.engine.speculation import Speculation
 from neuron.layers.cache import SequenceState
 from neuron.models.config import read_config
 from neuron.models.decoder import Decoder
@@ -32,8 +33,12 @@ from neuron.text import tokenizer as text_tokenizer
 from .test_parity import assert_close, run_engine
 
 NUM_TOKENS = 64
-RUNS: dict[str, dict[str, Any]] = {"eager": {"cpu_kernels": False, "speculation": False}}
-"""Ways to run a model: the engine's settings."""
+RUNS: dict[str, dict[str, Any]] = {
+    "eager": {"cpu_kernels": False, "speculation": False},
+    "drafts": {"cpu_kernels": False, "speculation": True},
+}
+"""Ways to run a model: settings of the engine. With drafts there are up to three in each step, as if they were free."""
+each_way = pytest.mark.parametrize("engine", RUNS, indirect=True)
 THINGS = itertools.product(train_hybrid.THINGS[:5], train_hybrid.COLOURS[:5])
 TALK = "".join(
     f"<|im_start|>user\nNow the {thing} is {colour}. What colour is the {thing}?<|im_end|>\n<|im_start|>assistant\n"
@@ -79,12 +84,19 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     return Trained(request.param, path, model, tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")))
 
 
-@pytest.fixture(params=RUNS)
+@pytest.fixture
 def engine(
-    request: pytest.FixtureRequest, harness: Callable[..., Any], set_engine: Callable[..., None]
+    request: pytest.FixtureRequest,
+    harness: Callable[..., Any],
+    set_engine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Any]:
-    """Make engines of each way to run a model."""
-    set_engine(**RUNS[request.param])
+    """Make engines of one way to run a model, by default the first."""
+    changes = RUNS[getattr(request, "param", "eager")]
+    set_engine(**changes)
+    if changes["speculation"]:
+        monkeypatch.setattr(Speculation, "_depth", lambda self, decoding, able, available: min(3, max(available)))
+        monkeypatch.setattr(Speculation, "waits", lambda _: True)
     return harness
 
 
@@ -156,6 +168,7 @@ def test_a_lost_state_changes_the_text(
 # ------------------------------------------------------------------ parity
 
 
+@each_way
 @pytest.mark.parametrize("step_tokens", [7, 64, 512])
 def test_a_batch_of_mixed_lengths_equals_transformers(
     trained: Trained, engine: Callable[..., Any], step_tokens: int
@@ -164,6 +177,7 @@ def test_a_batch_of_mixed_lengths_equals_transformers(
     trained.check(prompts, run_engine(engine, trained.path, prompts, step_tokens, NUM_TOKENS))
 
 
+@each_way
 @pytest.mark.parametrize("step_tokens", [1, 512])
 def test_a_prompt_alone_equals_transformers(trained: Trained, engine: Callable[..., Any], step_tokens: int) -> None:
     prompts = trained.prompts(100)
@@ -176,6 +190,7 @@ def test_a_long_prompt_equals_transformers(trained: Trained, engine: Callable[..
     trained.check(prompts, run_engine(engine, trained.path, prompts, 512, 4))
 
 
+@each_way
 def test_sixteen_sequences_have_the_text_of_one(trained: Trained, engine: Callable[..., Any]) -> None:
     """With the prefix cache and without: the second time each prompt resumes from a checkpoint."""
     prompts = trained.prompts(*range(20, 180, 10))
@@ -186,11 +201,14 @@ def test_sixteen_sequences_have_the_text_of_one(trained: Trained, engine: Callab
         for again in range(1 + prefix_cache):
             driver.sent.clear()
             for number, prompt in enumerate(prompts):
-                driver.generate(number, prompt, NUM_TOKENS)
+                driver.generate(number, prompt, 24)
             driver.run()
             found[prefix_cache, again] = driver.outputs()
         cached = [row.prompt_cached for row in driver.rows if row.prompt_cached is not None]
         assert any(cached) == prefix_cache
+        speculation = driver.model().speculation
+        assert speculation.num_accepted >= speculation.num_proposed / 4
+        assert bool(speculation.num_proposed) == engine.settings.speculation
     assert found[False, 0] == found[True, 0] == found[True, 1]
     for number in (0, 15):
         expected = trained.logits([*prompts[number], *found[False, 0][number]])
@@ -227,6 +245,7 @@ def test_gguf_has_the_text_files_of_the_folder(trained: Trained, tmp_path: pathl
     assert read_config(path).eos_ids[0] == read_config(trained.path).eos_ids[0]
 
 
+@each_way
 def test_gguf_has_the_logits_of_safetensors(
     trained: Trained, engine: Callable[..., Any], tmp_path: pathlib.Path
 ) -> None:
