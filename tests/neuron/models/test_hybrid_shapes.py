@@ -9,6 +9,7 @@ import torch
 
 from cortex.wire.node import ModelSpec
 from neuron.layers.cache import MAX_DRAFTS, SequenceState
+from neuron.layers.draft_head import DraftHead
 from neuron.layers.shard import WHOLE, Shard
 from neuron.layers.step import Linear
 from neuron.models import decoder, prebuild, quantization
@@ -85,7 +86,12 @@ def weights_on_meta(config: Any, quant: str, shard: Shard) -> int:
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_are_listed_for_its_layers(name: str) -> None:
     config = read_config(FOLDER / name)
-    listed = prebuild.variants(config, prebuild.any_plan(config, "bfloat16"), 90)
+    plan = prebuild.any_plan(config, "bfloat16")
+    listed = prebuild.variants(config, plan, 90)
     modules = {variant.kernel.partition(":")[0].rpartition(".")[2] for variant in listed}
     assert {"gated_delta", "causal_convolution", "gated_norm", "prefill_attention", "decode_attention"} <= modules
     assert ("moe_matmul" in modules) == ("A3B" in name)
+    # A folder without weights tells of no draft head, which launches no others.
+    mixer, feed_forward = config.blocks[3]
+    drafting = dataclasses.replace(config, draft_head=DraftHead(mixer.norm, (mixer, feed_forward)))
+    assert set(prebuild.variants(drafting, plan, 90)) == set(listed)
