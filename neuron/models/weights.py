@@ -193,10 +193,11 @@ class MappedFiles:
         self._files.clear()
 
 
-class SafetensorsSource:
+class SafetensorsSource(MappedFiles):
     """Checkpoint in a folder with ``config.json`` and ``.safetensors`` files, which are mapped when first read."""
 
     def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__()
         self._folder = folder
         stored = read_tensors(folder)
         self.config = config_from_folder(folder, stored)
@@ -206,7 +207,6 @@ class SafetensorsSource:
         places = places_of(self.config, by_module(self._stored)) if self._schemes else {}
         self._places = {name: place for name, place in places.items() if name in self._schemes}
         self._entries = by_tensor(self.config, self._stored, folder)
-        self._files = MappedFiles()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors, of quantised weights as wholes."""
@@ -267,7 +267,7 @@ class SafetensorsSource:
             return StoredTensor(TensorKind[scheme.block_kind], blocks.view(-1).numpy(), self._declared[name].order)
         entry = self._entries[name]
         kind = None if entry.strides else STORED_KINDS.get(entry.dtype)
-        return None if kind is None else StoredTensor(kind, self._files.read(entry), self._declared[name].order)
+        return None if kind is None else StoredTensor(kind, self.read(entry), self._declared[name].order)
 
     def read_quantized(
         self, name: str, rows: range, columns: Runs, move: Callable[[torch.Tensor], torch.Tensor]
@@ -308,24 +308,20 @@ class SafetensorsSource:
 
     def _mapped(self, entry: TensorEntry) -> torch.Tensor:
         """Return a tensor of the file's memory, to be read only."""
-        dtype, packed = DTYPES[entry.dtype], self._files.read(entry)
+        dtype, packed = DTYPES[entry.dtype], self.read(entry)
         if packed.ctypes.data % dtype.itemsize:
             packed = packed.copy()
         values = from_file(packed).view(dtype)
         return values.as_strided(entry.shape, entry.strides) if entry.strides else values.view(entry.shape)
 
-    def close(self) -> None:
-        """Unmap the files; later, if a view of one is left."""
-        self._files.close()
 
-
-class GgufSource:
+class GgufSource(MappedFiles):
     """Checkpoint in a GGUF file, or in several, dequantised piece by piece."""
 
     def __init__(self, path: pathlib.Path) -> None:
+        super().__init__()
         header = read_parts(path)
         self.config = config_from_gguf(path, header)
-        self._files = MappedFiles()
         self._declared: dict[str, Tensor] = self.config.tensors()
         nvfp4 = {tensor.name.removesuffix(".weight") for tensor in header.tensors if tensor.kind == TensorKind.NVFP4}
         named = {tensor.name.removesuffix(".scale"): tensor for tensor in header.tensors}
@@ -369,7 +365,7 @@ class GgufSource:
     def read_stored(self, name: str) -> StoredTensor:
         """Return the mapped blocks."""
         tensor = self._tensors[name]
-        packed, order = self._files.read(tensor), self._declared[name].gguf_order
+        packed, order = self.read(tensor), self._declared[name].gguf_order
         return StoredTensor(KINDS[tensor.kind], packed, order, self._scale(tensor))
 
     def read_quantized(
@@ -395,8 +391,4 @@ class GgufSource:
             raise CorruptWeightsError(
                 found.file, f"{found.name} is not a vector of float32 with a number for each expert"
             )
-        return float(self._files.read(found).view(np.float32)[expert])
-
-    def close(self) -> None:
-        """Unmap the files; later, if a view of one is left."""
-        self._files.close()
+        return float(self.read(found).view(np.float32)[expert])

@@ -33,12 +33,15 @@ class Step(StrEnum):
 # ------------------------------------------------------------------ daemon -> text process
 
 
-class Open(msgspec.Struct, frozen=True, tag="open"):
-    """Read the text side of the model at ``path``, known as ``model`` from then on. Answered by ``Opened``."""
-
+class _Job(msgspec.Struct, frozen=True):
     job: int
     limits: Limits
     model: int
+
+
+class Open(_Job, frozen=True, tag="open"):
+    """Read the text side of the model at ``path``, known as ``model`` from then on. Answered by ``Opened``."""
+
     path: str
     num_tokens: int
     """The width of the model's logits."""
@@ -54,52 +57,37 @@ class Close(msgspec.Struct, frozen=True, tag="close"):
     model: int
 
 
-class Build(msgspec.Struct, frozen=True, tag="build"):
+class Build(_Job, frozen=True, tag="build"):
     """Make the prompt of a request. Answered by ``Built``."""
 
-    job: int
-    limits: Limits
-    model: int
     request: InferenceRequest
     context_tokens: int
     """A prompt that does not leave a token of it is refused."""
 
 
-class Count(msgspec.Struct, frozen=True, tag="count"):
+class Count(_Job, frozen=True, tag="count"):
     """Count the tokens of a request's prompt. Answered by ``Counted``."""
 
-    job: int
-    limits: Limits
-    model: int
     request: InferenceRequest
     context_tokens: int
 
 
-class Tokenise(msgspec.Struct, frozen=True, tag="tokenise"):
+class Tokenise(_Job, frozen=True, tag="tokenise"):
     """Make texts into ids, for embeddings. Answered by ``Tokenised``."""
 
-    job: int
-    limits: Limits
-    model: int
     texts: tuple[str, ...]
     context_tokens: int
 
 
-class Check(msgspec.Struct, frozen=True, tag="check"):
+class Check(_Job, frozen=True, tag="check"):
     """Write the grammar that the answer to a request must follow, and try it. Answered by ``Checked``."""
 
-    job: int
-    limits: Limits
-    model: int
     request: InferenceRequest
 
 
-class Ask(msgspec.Struct, frozen=True, tag="ask"):
+class Ask(_Job, frozen=True, tag="ask"):
     """Say what of a request's schemas its answer will not be held to. Answered by ``LeftOut``."""
 
-    job: int
-    limits: Limits
-    model: int
     request: InferenceRequest
 
 
