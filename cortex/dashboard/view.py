@@ -50,6 +50,7 @@ def catalogue_tree(catalogue: Catalogue, nodes: Mapping[str, Node]) -> Tree:
         tree[model] = _without_empty(
             aliases=aliases.get(model, []),
             source=profile.source,
+            added=model in catalogue.added,
             pinned=list(profile.pinned),
             priority=profile.priority,
             devices=profile.tensor_parallel if profile.tensor_parallel > 1 else 0,

@@ -23,14 +23,14 @@ export function confirm(title, body, yes) {
   return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }));
 }
 
-// Post an action; its button is busy until it is done. The feed then shows the result.
-async function act(button, path, body, doing, done) {
+// Send an action; its button is busy until it is done. The feed then shows the result.
+async function act(button, path, body, doing, done, method = "POST") {
   button.setAttribute("aria-busy", "true");
   button.setAttribute("aria-disabled", "true");
   toast(doing, "busy");
   try {
     const reply = await ask(`admin/${path}`, {
-      method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" },
+      method, headers: { "content-type": "application/json" }, ...(body && { body: JSON.stringify(body) }),
     });
     if (reply.ok) toast(done, "good");
     else toast(await complaint(reply), "bad");
@@ -58,6 +58,11 @@ export async function unload(button, model, nodes, node) {
   const where = node || nodes.join(", ");
   if (!(await confirm(`Unload ${model}?`, `From ${where}. Requests that run there have 30 seconds to finish.`, "Unload"))) return;
   await act(button, "models/unload", { model, node }, `Unloading ${model} …`, `${model} is gone from ${where}.`);
+}
+
+export async function remove(button, model) {
+  if (!(await confirm(`Remove ${model}?`, "It is unloaded and no longer offered. Its files stay on the nodes.", "Remove"))) return;
+  await act(button, `models/${encodeURIComponent(model)}`, null, `Removing ${model} …`, `${model} is removed.`, "DELETE");
 }
 
 export function pin(button, model, node, pinned) {

@@ -1,6 +1,7 @@
 // The page: the feed fills the store, the store's changes are drawn, keys and buttons are bound.
 
 import { toast } from "./acts.js";
+import { AddModel } from "./add.js";
 import { Chat } from "./chat.js";
 import { $, shown, text } from "./dom.js";
 import { Feed } from "./feed.js";
@@ -18,6 +19,7 @@ const models = new Models(store);
 const nodes = new Nodes(store);
 const requests = new Requests();
 const chat = new Chat();
+new AddModel();
 let build = "";
 
 // Measurements of the last updates, for tests and for the console.

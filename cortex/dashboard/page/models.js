@@ -1,6 +1,6 @@
 // The table of models: a row for each model that clients may use, and under it its nodes, when it is opened.
 
-import { button, load, pin, unload } from "./acts.js";
+import { button, load, pin, remove, unload } from "./acts.js";
 import { $, attribute, h, Keyed, shown, style, text } from "./dom.js";
 import { bytes, clock, count, plural } from "./format.js";
 import { byName } from "./store.js";
@@ -85,12 +85,13 @@ class Model {
     this.select = h("select", { "aria-label": `Where to load ${id}` });
     const there = button("Load there", (self) => load(self, id, this.select.value), { "aria-label": `Load there: ${id}` });
     this.source = h("span.source");
+    this.remove = button("Remove", (self) => remove(self, id), { "aria-label": `Remove ${id}` });
     this.rows = h("tbody");
     this.places = new Keyed(this.rows, (node) => new Placement(id, node));
     this.table = h("table.places", { "aria-label": `Where ${id} is` }, this.rows);
     this.detail = h(
       "tr.detail", { id: place },
-      h("td", { colspan: 7 }, this.table, h("p.more", {}, h("label", {}, "Load on ", this.select), there, this.source)),
+      h("td", { colspan: 7 }, this.table, h("p.more", {}, h("label", {}, "Load on ", this.select), there, this.remove, this.source)),
     );
     this.detail.hidden = true;
     this.opened = false;
@@ -145,6 +146,7 @@ class Model {
     this.places.keep(names);
     for (const name of names) this.places.get(name).update(placed.get(name));
     shown(this.table, names.length > 0);
+    shown(this.remove, Boolean(model.added));
     text(this.source, model.source ? `from ${model.source}` : "");
     const nodes = this.store.nodes().filter((name) => this.store.state.nodes[name].state === "ready" && !placed.has(name));
     const key = nodes.join();

@@ -20,6 +20,7 @@ import pytest
 from browser import Page
 from fleet import REAL, Gateway, polled
 from page_actions import act, card, confirm, load, open_row, placed, row, send_chat
+from scripted_model import describe
 
 from cortex.access.keys import new_key
 
@@ -50,6 +51,10 @@ def watch_text(page: Page, selector: str) -> Callable[[], list[str]]:
     """Record every text that an element has from now on."""
     page.run(f"({RECORD_TEXTS})({json.dumps(selector)})")
     return lambda: list(page.run("window.texts"))
+
+
+def set_value(page: Page, element: str, value: str) -> None:
+    page.run(f"document.getElementById({json.dumps(element)}).value = {json.dumps(value)}")
 
 
 def reload(page: Page) -> None:
@@ -134,6 +139,43 @@ def test_a_nodes_refusal_is_shown(opened: Page) -> None:
     opened.complaints.clear()
 
 
+def test_a_model_is_added_by_its_source_loaded_and_removed(opened: Page, folder: pathlib.Path) -> None:
+    name = "Qwen3-4B.json"
+    path = describe(folder, "Qwen3-4B", 9, 2.0)
+    opened.click("#models-add")
+    opened.until("document.querySelectorAll('#add-known option').length > 5", what="the known names")
+    check_axe(opened)
+    for wrong, why in (("smollm2-136m", "did you mean smollm2-135m"), (REAL, "in the catalogue already")):
+        set_value(opened, "add-name", "")
+        opened.click("#add-name")
+        opened.type(wrong)
+        opened.press("Enter")
+        opened.until(f"document.getElementById('add-result').textContent.includes({json.dumps(why)})", what=why)
+    assert opened.text("#add-yes") == "Load"
+    assert all("404" in complaint for complaint in opened.complaints)
+    opened.complaints.clear()
+    set_value(opened, "add-name", "")
+    opened.click("#add-name")
+    opened.type(str(path))
+    assert opened.text("#add-yes") == "Look"
+    opened.press("Enter")
+    opened.until("document.getElementById('add-yes').textContent === 'Add and load'", what="it fits")
+    assert re.search(rf"{name} on gpu-\d \(cuda:\d\): .* of memory on each device", opened.text("#add-result"))
+    assert opened.run("document.querySelectorAll('#add-passed li').length") >= 1, "nodes that cannot load it"
+    noted = watch_text(opened, f"{row(name)} .pill")
+    opened.press("Enter")
+    opened.until("!document.getElementById('add-dialog').open")
+    opened.until(f"document.querySelector('{row(name)} .pill')?.textContent === 'ready'", 30, "it is loaded")
+    assert any(text.startswith("loading ") for text in noted())
+    assert f"{name}:1" in send_chat(opened, name, "tokens=2")
+    open_row(opened, name)
+    act(opened, f"{row(name)} + tr.detail", "Remove")
+    confirm(opened)
+    opened.until(f"!document.querySelector('{row(name)}')", 30, "it is gone")
+    open_row(opened, REAL)
+    assert opened.run(f"[...document.querySelectorAll('{row(REAL)} + tr.detail button')].at(-1).hidden"), "not added"
+
+
 # ------------------------------------------------------------------ chat
 
 
@@ -197,10 +239,6 @@ def test_an_answer_can_be_stopped_and_an_error_is_shown(opened: Page) -> None:
     opened.type("Hi")
     opened.press("Enter")
     opened.until("document.querySelector('.toast.bad')?.textContent.includes('not JSON')")
-
-
-def set_value(page: Page, element: str, value: str) -> None:
-    page.run(f"document.getElementById({json.dumps(element)}).value = {json.dumps(value)}")
 
 
 def answers(page: Page) -> list[str]:
