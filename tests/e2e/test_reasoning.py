@@ -114,3 +114,59 @@ def test_the_next_turn_computes_less_than_a_page_again(server: daemons.Daemon, p
     # The prompt ends with a tag of reasoning, which the next one has not.
     assert num_first - 4 - PAGE_TOKENS < num_cached < num_first
     assert num_second > num_first + 60
+
+
+@pytest.mark.parametrize(
+    ("path", "bound"),
+    [
+        ("chat/completions", {"thinking_budget": 4}),
+        ("chat/completions", {"reasoning": {"effort": "high", "max_tokens": 4}}),
+        ("messages", {"thinking": {"type": "enabled", "budget_tokens": 4}, "max_tokens": 300}),
+    ],
+)
+def test_a_thought_ends_at_its_budget(server: daemons.Daemon, path: str, bound: dict[str, Any]) -> None:
+    question, on, _ = ASKED[path]
+    free, bounded = (
+        whole(httpx.post(f"{server.url}/v1/{path}", json=asked, timeout=60).json())[0]
+        for asked in (
+            {"model": MODEL, "temperature": 0, **question, **on},
+            {"model": MODEL, "temperature": 0, **question, **bound},
+        )
+    )
+    own, words, rest = bounded.partition("\n\nConsidering the limited time")
+    assert words
+    assert rest.endswith("directly now.")
+    assert free.startswith(own)
+    assert len(own) < len(free)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_has_the_form_of_its_template(server: daemons.Daemon, stream: bool) -> None:
+    """Its values are bare, and typed by the schema; the thought before it is free."""
+    parameters = {
+        "type": "object",
+        "properties": {
+            "colour": {"type": "string", "maxLength": 9},
+            "count": {"enum": [1, 2]},
+            "more": {"type": "null"},
+        },
+        "required": ["colour", "count"],
+    }
+    tool = {"type": "function", "function": {"name": "paint", "parameters": parameters}}
+    asked = {"model": MODEL, "temperature": 0, "messages": MESSAGES, "tools": [tool], "tool_choice": "required"}
+    asked |= {"parallel_tool_calls": False, "stream": stream, "max_tokens": 400}
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60)
+    assert reply.status_code == 200, reply.text
+    if stream:
+        chunks = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+        pieces = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls") or []]
+        name, arguments = pieces[0]["function"]["name"], "".join(piece["function"]["arguments"] for piece in pieces)
+        assert len(pieces) > 2, "argument by argument"
+    else:
+        (call,) = reply.json()["choices"][0]["message"]["tool_calls"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+    assert name == "paint"
+    found = json.loads(arguments)
+    assert found["count"] in (1, 2)
+    assert len(found["colour"]) <= 9
+    assert list(found)[:2] == ["colour", "count"]
