@@ -42,7 +42,10 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         _show(folder, is_short=arguments.once)
     except GatewayError as error:
-        raise GatewayError(f"demo: {error.reason}; see the logs in {folder}") from error
+        if any(folder.glob("*.log")):
+            raise GatewayError(f"demo: {error.reason}; see the logs in {folder}") from error
+        shutil.rmtree(folder, ignore_errors=True)
+        raise GatewayError(f"demo: {error.reason}") from error
     except KeyboardInterrupt:
         preparation.say("stopping")
     shutil.rmtree(folder, ignore_errors=True)
