@@ -114,6 +114,10 @@ QUANTISED: dict[str, tuple[str, dict[str, Any], Callable[[], Writer], tuple[str,
         lambda: compressed("pack-quantized", **INT4), ("linear_attn", "self_attn", "shared_expert"),
     ),
     "awq": ("qwen3_5", {"quant_method": "awq", "bits": 4}, lambda: awq(32), PLAIN),
+    "gptq-order": (
+        "qwen3_5", {"quant_method": "gptq", "bits": 4, "sym": False, "desc_act": True},
+        lambda: gptq(64, scattered=True), PLAIN,
+    ),
     "gptq": ("qwen3_next", {"quant_method": "gptq", "bits": 4, "sym": False}, lambda: gptq(32), ()),
 }  # fmt: skip
 """Model, configuration, writer, and parts of the names of what is left as it is."""
@@ -123,7 +127,7 @@ QUANTISED: dict[str, tuple[str, dict[str, Any], Callable[[], Writer], tuple[str,
     ("name", "layout"),
     [
         *(("fp8", "wrapped"), ("fp8-moe", "wrapped"), ("fp8-moe", "stacked"), ("fp8-next", "alone")),
-        *(("ct-int4", "wrapped"), ("awq", "alone"), ("gptq", "alone")),
+        *(("ct-int4", "wrapped"), ("awq", "alone"), ("gptq", "alone"), ("gptq-order", "wrapped")),
     ],
 )
 def test_quantised_files(
