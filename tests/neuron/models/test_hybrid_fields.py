@@ -1,4 +1,4 @@
-"""Configurations of gated delta nets with any values in their fields: read, or refused by a field's name."""
+"""Files of gated delta nets with any values in their fields, or with wrong tensors: refused by the name of either."""
 
 import contextlib
 import dataclasses
@@ -9,11 +9,14 @@ from typing import Any
 
 import hybrid_models
 import pytest
+import torch
 from hybrid_gguf import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from model_files import HYBRID, check_weights
+from safetensors.torch import load_file, save_file
 
-from cortex.wire.errors import ApiError
+from cortex.wire.errors import ApiError, ErrorInfo
 from cortex.wire.node import ModelSpec
 from neuron.layers.gated_delta import GatedDelta
 from neuron.models.config import config_from_gguf, read_config
@@ -52,11 +55,13 @@ def check_named(error: ApiError, changes: dict[str, Any]) -> None:
 
 
 def json_values(kind: str) -> dict[str, Any]:
+    if kind == "qwen3_next":
+        return HYBRID
     values: dict[str, Any] = json.loads((hybrid_models.TRAINED[kind] / "config.json").read_text())
     return values
 
 
-@pytest.mark.parametrize("kind", hybrid_models.TRAINED)
+@pytest.mark.parametrize("kind", [*hybrid_models.TRAINED, "qwen3_next"])
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_values_in_config_json(kind: str, tmp_path: pathlib.Path, data: st.DataObject) -> None:
@@ -91,6 +96,31 @@ def test_any_values_in_gguf(header: GgufHeader, data: st.DataObject) -> None:
         check(config_from_gguf(pathlib.Path("model.gguf"), dataclasses.replace(header, metadata=metadata)))
     except ApiError as error:
         check_named(error, {name.removeprefix(f"{architecture}."): value for name, value in changes.items()})
+
+
+def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path: pathlib.Path) -> None:
+    path = hybrid_models.make_model("small", tmp_path, with_draft_head=True) / "model.safetensors"
+    tensors = load_file(path)
+    assert isinstance(check_weights(tmp_path), ModelConfig)
+    for name, tensor in tensors.items():
+        if "layers.2." in name:
+            continue  # as in layer 0
+        rest = {other: tensors[other] for other in tensors if other != name}
+        save_file({**rest, name: torch.cat((tensor, tensor[:1]))}, path)
+        found = check_weights(tmp_path)
+        assert isinstance(found, ErrorInfo), name
+        assert (found.code, name in found.message) == ("corrupt_weights", True)
+        save_file(rest, path)
+        found = check_weights(tmp_path)
+        if name.startswith("mtp.") and "layers." not in name:
+            assert isinstance(found, ModelConfig), "without its drafts a model has the same output"
+            assert found.draft_head is None
+        else:
+            # Parts of a fused tensor may be tensors of their own.
+            own = name.replace("qkv", "k").replace("conv1d", "conv1d_k")
+            assert isinstance(found, ErrorInfo), name
+            assert found.code == "corrupt_weights"
+            assert own in found.message.partition("lacks")[2]
 
 
 @pytest.mark.parametrize("kind", hybrid_models.TRAINED)
