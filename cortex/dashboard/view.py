@@ -8,7 +8,10 @@ difference is a JSON merge patch (RFC 7386): a ``null`` deletes, an object is pa
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from cortex.fleet.catalogue import Catalogue
+from cortex.fleet.offers import pricing_of
 from cortex.fleet.state import Node
 from cortex.wire.node import Device, ModelState, ModelStatus, NodeState, WorkerHealth
 
@@ -51,6 +54,7 @@ def catalogue_tree(catalogue: Catalogue, nodes: Mapping[str, Node]) -> Tree:
             aliases=aliases.get(model, []),
             source=profile.source,
             added=model in catalogue.added,
+            pricing=msgspec.to_builtins(pricing_of(profile.price)) if profile.price else None,
             pinned=list(profile.pinned),
             priority=profile.priority,
             devices=profile.tensor_parallel if profile.tensor_parallel > 1 else 0,

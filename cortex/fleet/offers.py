@@ -101,7 +101,7 @@ def _offer(catalogue: Catalogue, state: FleetState, model: str) -> FullOffer:
         state=min((status.state for status in statuses), key=BEST_FIRST.index, default=ModelState.AVAILABLE),
         nodes=tuple(_on_node(name, status) for name, status in found),
         sampling=profile.sampling if profile else SamplingDefaults(),
-        pricing=_pricing(profile.price) if profile and profile.price else None,
+        pricing=pricing_of(profile.price) if profile and profile.price else None,
         **sizes_and_abilities(context_tokens, {can for status in statuses for can in status.capabilities}),
         aliases=tuple(sorted(alias for alias, target in catalogue.aliases.items() if target == model)),
     )
@@ -111,7 +111,8 @@ def _on_node(name: str, status: ModelStatus) -> NodeOffer:
     return NodeOffer(name, status.state, status.progress, status.error)
 
 
-def _pricing(price: Price) -> Pricing:
+def pricing_of(price: Price) -> Pricing:
+    """Return the prices of a token, given those of a million."""
     cached = price.input if price.cached_input is None else price.cached_input
     return Pricing(
         _of_token(price.input), _of_token(price.output), _of_token(cached) if cached != price.input else None

@@ -205,7 +205,8 @@ def profile(
 def catalogue(folder: pathlib.Path, weights: pathlib.Path) -> str:
     """Return a ``models.toml``: the real model for the two CPUs, and the pretended ones."""
     real = f'[[models]]\nid = "{REAL}"\nsource = "{weights}"\naliases = ["small"]\npreferred_nodes = ["cpu-1"]\n'
-    return real + "".join(profile(folder, *model, more='preferred_nodes = ["gpu-1"]') for model in PRETENDED)
+    more = 'preferred_nodes = ["gpu-1"]\nprice = { input = 1.0, output = 4.0 }'
+    return real + "".join(profile(folder, *model, more=more) for model in PRETENDED)
 
 
 class Fleet:

@@ -6,7 +6,7 @@ import { dialects, EXAMPLE_SCHEMA, EXAMPLE_TOOL, readSchema, readTools } from ".
 import { $, h, text } from "./dom.js";
 import { sseEvents } from "./events.js";
 import { exports } from "./export.js";
-import { count, seconds } from "./format.js";
+import { cost, count, dollars, seconds } from "./format.js";
 import { ask, complaint, key } from "./session.js";
 import { byName } from "./store.js";
 
@@ -91,6 +91,7 @@ export class Chat {
     this.turns = [];
     this.abort = null;
     this.last = null;
+    this.pricing = new Map();
     this.talk = $("talk");
     this.empty = this.talk.firstElementChild;
     $("chat-dialect").append(...dialects.map(({ name }, index) => h("option", { value: index }, name)));
@@ -119,6 +120,7 @@ export class Chat {
     } catch { return; }
     // A model's capabilities are known once it has been loaded: a model that cannot chat is left out.
     const chats = ({ capabilities }) => !capabilities?.length || capabilities.includes("chat");
+    this.pricing = new Map(listed.map(({ id, pricing }) => [id, pricing]));
     const models = listed.filter((model) => !model.alias_of && chats(model)).sort((a, b) => byName(a.id, b.id));
     const ready = models.filter((model) => model.state === "ready");
     const listing = models.map((model) => `${model.id}/${model.state === "ready"}`).join();
@@ -248,16 +250,17 @@ export class Chat {
       else failure = "The gateway does not answer.";
     }
     answer.draw();
-    this.tell(answer, { began, first, usage, reason, failure });
+    this.tell(answer, { began, first, usage, reason, failure, price: usage && cost(this.pricing.get(body.model), usage) });
   }
 
-  // The usage and timing of the answer, under it.
-  tell(answer, { began, first, usage, reason, failure }) {
+  // The usage, timing and cost of the answer, under it.
+  tell(answer, { began, first, usage, reason, failure, price }) {
     const now = performance.now();
     const parts = [];
     if (first !== null) parts.push(`first token ${seconds((first - began) / 1000)}`);
     if (usage?.output > 1 && first !== null && now > first) parts.push(`${count(Math.round((10000 * (usage.output - 1)) / (now - first)) / 10)} tokens/s`);
     if (usage) parts.push(`${count(usage.input ?? 0)} in${usage.cached ? ` (${count(usage.cached)} cached)` : ""}, ${count(usage.output ?? 0)} out`);
+    if (price !== null) parts.push(dollars(price));
     if (reason) parts.push(reason);
     text(answer.foot, failure || parts.join(" · "));
     answer.foot.classList.toggle("fault", Boolean(failure));

@@ -37,3 +37,14 @@ export function clock(at) {
 export function plural(number, one, many = `${one}s`) {
   return `${number} ${number === 1 ? one : many}`;
 }
+
+// The dollars of an answer by a model's `pricing`, which has those of one token; null without prices or use.
+export function cost(pricing, { input, cached, output }) {
+  if (!pricing || input === undefined || output === undefined) return null;
+  const again = pricing.input_cache_read ?? pricing.prompt;
+  return (input - cached) * pricing.prompt + cached * again + output * pricing.completion;
+}
+
+export function dollars(value) {
+  return `$${value.toLocaleString("en", { maximumSignificantDigits: 2 })}`;
+}

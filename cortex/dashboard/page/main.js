@@ -17,7 +17,7 @@ const store = new Store();
 const overview = new Overview($("overview"));
 const models = new Models(store);
 const nodes = new Nodes(store);
-const requests = new Requests();
+const requests = new Requests(store);
 const chat = new Chat();
 new AddModel();
 let build = "";

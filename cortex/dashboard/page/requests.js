@@ -1,7 +1,7 @@
 // The latest requests, newest first, with their usage and outcome, and without their text.
 
 import { $, h, shown, text } from "./dom.js";
-import { clock, count, seconds } from "./format.js";
+import { clock, cost, count, dollars, seconds } from "./format.js";
 import { setPill, pill } from "./models.js";
 
 const KEPT = 100;
@@ -12,7 +12,8 @@ function kind(status) {
   return status >= 500 ? "error" : status >= 400 ? "refused" : "ok";
 }
 
-function row(entry) {
+function row(entry, pricing) {
+  const price = cost(pricing, { input: entry.tokens_in, cached: entry.tokens_cached ?? 0, output: entry.tokens_out });
   const status = pill();
   setPill(status, kind(entry.status), String(entry.status));
   const generated = entry.ttft_s === undefined ? 0 : entry.total_s - entry.ttft_s;
@@ -24,12 +25,13 @@ function row(entry) {
     h("td.wide", {}, entry.node || "–"), h("td.wide", {}, entry.dialect.replace(/^(openai|anthropic)-/, "")), h("td.wide.key", {}, entry.key ?? ""), h("td.wide", {}, entry.finish),
     h("td.number.wide", {}, count(entry.tokens_in ?? 0), cached), h("td.number", {}, count(entry.tokens_out ?? 0)),
     h("td.number", {}, seconds(entry.ttft_s)), h("td.number.wide", {}, speed === null ? "–" : count(Math.round(10 * speed) / 10)),
-    h("td.number", {}, seconds(entry.total_s)),
+    h("td.number", {}, seconds(entry.total_s)), h("td.number.wide.price", {}, price === null ? "–" : dollars(price)),
   );
 }
 
 export class Requests {
-  constructor() {
+  constructor(store) {
+    this.store = store;
     this.body = $("requests-rows");
     this.which = "all";
   }
@@ -41,7 +43,9 @@ export class Requests {
 
   add(entries) {
     const fragment = document.createDocumentFragment();
-    for (const entry of entries.slice(-KEPT)) fragment.prepend(row(entry));
+    const { models } = this.store.state;
+    for (const entry of entries.slice(-KEPT)) fragment.prepend(row(entry, models[entry.model]?.pricing));
+    $("requests-table").classList.toggle("unpriced", !Object.values(models).some(({ pricing }) => pricing));
     if (entries.some((entry) => entry.key)) $("requests-table").classList.remove("keyless");
     this.body.prepend(fragment);
     while (this.body.children.length > KEPT) this.body.lastElementChild.remove();

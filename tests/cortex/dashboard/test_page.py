@@ -261,6 +261,13 @@ def test_two_models_answer_side_by_side_and_each_has_its_own_history(opened: Pag
     assert opened.run("[...document.querySelectorAll('.assistant h3')].map((h) => h.textContent)") == ["m", SLOW, "m"]
 
 
+def test_an_answer_and_a_request_have_their_cost(opened: Page) -> None:
+    load(opened, SLOW)
+    assert "100 in, 20 out · $0.00018 · stop" in send_chat(opened, SLOW, "prompt=100 tokens=20")
+    opened.until("document.querySelector('#requests-rows tr')?.textContent.includes('$0.00018')")
+    assert "$" not in send_chat(opened, "m", "hi"), "a model without prices"
+
+
 def test_an_answer_is_made_again_with_changed_settings(opened: Page) -> None:
     send_chat(opened, "m", "tokens first")
     send_chat(opened, "m", "turns second")
