@@ -2,6 +2,8 @@
  *
  *     out[t, h] = softmax(scale q[t, h] . k[0..p(t)]) v[0..p(t)]          k, v of kv head h / (H / K)
  *
+ * A gated head's output is multiplied by the sigmoid of its gates.
+ *
  * A page of one kv head holds 16 tokens: keys as [D / 2][16 tokens][2] bfloat16 (or [D][16] float32), so that a register
  * of scores is 16 tokens and needs no horizontal sum; values as [16 tokens][D padded to 16]. In int8 keys are [D][16 tokens],
  * and each token's key and value has a scale, its largest element over 127, behind its page: a score is multiplied
@@ -245,9 +247,18 @@ INLINE void join(const struct partial *to, const struct partial *part, int padde
     *to->largest = most;
 }
 
-static void write_out(const float *values, float total, int dim, float *out) {
+/* A head's projections of a row: its queries, and behind them its gates. */
+static const float *head_of(const struct attention *a, int row, int head) {
+    return a->qkv + (size_t)row * a->qkv_stride + head * (a->is_gated ? 2 * a->head_dim : a->head_dim);
+}
+
+static void write_out(const struct attention *a, int row, int head, const float *values, float total, float *out) {
+    int dim = a->head_dim;
     float inverse = 1.0f / total;
     for (int i = 0; i < dim; i++) out[i] = values[i] * inverse;
+    if (!a->is_gated) return;
+    const float *gates = head_of(a, row, head) + dim;
+    for (int i = 0; i < dim; i++) out[i] /= 1.0f + expf(-gates[i]);
 }
 
 /* The task's queries over the tokens [first, end) of one segment, whose blocks begin at multiples of SCORE_TOKENS. */
@@ -337,7 +348,7 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
     }
     for (int r = 0; r < num_queries; r++) {
         int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;
-        rotate(a, a->qkv + (size_t)row * a->qkv_stride + head * dim, head, row, a->scales[row], q + r * padded);
+        rotate(a, head_of(a, row, head), head, row, a->scales[row], q + r * padded);
         all_largest[r] = -INFINITY;
         all_total[r] = 0;
     }
@@ -360,7 +371,7 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
     if (t->part >= 0) return;
     for (int r = 0; r < num_queries; r++) {
         int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;
-        write_out(joined + r * padded, all_total[r], dim, a->out + (size_t)row * a->out_stride + head * dim);
+        write_out(a, row, head, joined + r * padded, all_total[r], a->out + (size_t)row * a->out_stride + head * dim);
     }
 }
 
@@ -374,6 +385,6 @@ void LEVEL(merge_parts)(const struct attention *a, int row, int num_parts, float
             struct partial part = part_of(a, row, head, p);
             join(&all, &part, padded);
         }
-        write_out(values, total, dim, out);
+        write_out(a, row, head, values, total, out);
     }
 }

@@ -89,7 +89,64 @@ struct attention {
     int window_tokens; /* attended tokens up to the row's own; 0: all */
     float eps;
     const float *scales; /* [T]: factor of each row's queries */
+    int is_gated;        /* each q head is followed by gates of its size, whose sigmoid multiplies its output */
 };
+
+enum { MAX_CONVOLUTION = 4, CHUNK_TOKENS = 64 };
+
+/* Sequences of a step, and the slots of their states. Those with draft tokens are in a run; their states advance by their
+ * first token alone, and keep the inputs of the drafts. */
+struct sequences {
+    int count;
+    const int32_t *cu_seqlens, *slots; /* [B + 1], [B] */
+    const int32_t *replays; /* [B]: draft tokens accepted since, by which states advance first; NULL: there are none */
+    int first_drafting, end_drafting;
+    int max_drafts; /* of a sequence */
+};
+
+/* Causal convolution of channels of the rows of a step, in place, and SiLU. */
+struct convolution {
+    struct sequences sequences;
+    const struct matrix *weight; /* [channels, width], W32 */
+    float *x;                    /* [T, x_stride], from the first of the channels */
+    float *replayed;             /* [B, max_drafts, x_stride], likewise: results of the replayed tokens */
+    size_t x_stride;
+    uint8_t *inputs; /* of slot 0: last inputs, then drafts', [blocks of 16 channels, width - 1 + max_drafts, 16] */
+    size_t slot_bytes;
+};
+
+/* Heads of a gated delta net: value head h has key head h / (H / K), or if tiled h % K. */
+struct delta_heads {
+    int num_keys, num_values, key_dim, value_dim, is_tiled;
+};
+
+/* Gated delta rule over a step, and the gated norm behind it. */
+struct delta {
+    struct sequences sequences;
+    struct delta_heads heads;
+    float *x;        /* [T, x_stride]: heads of q, then of k, v and z, strengths and decays from their columns */
+    float *replayed; /* [B, max_drafts, x_stride]: rows of the replayed tokens, without gates */
+    size_t x_stride;
+    int key_column, value_column, z_column, strength_column, decay_column;
+    const float *decay, *bias; /* [H] */
+    const float *head_norm;    /* [value_dim padded to 16] */
+    float eps;
+    uint8_t *states; /* of slot 0: delta_state_floats */
+    uint8_t *gates;  /* of slot 0: strengths and decays of drafts, [max_drafts, 2, H] */
+    size_t slot_bytes;
+    float *out; /* [T, out_stride]: heads of value_dim */
+    size_t out_stride;
+};
+
+/* Floats of a state of all heads: [H, value_dim / 16, key_dim, 16], dims padded to 16. */
+static inline size_t delta_state_floats(const struct delta_heads *heads) {
+    return (size_t)heads->num_values * (size_t)round_up(heads->key_dim, 16) * (size_t)round_up(heads->value_dim, 16);
+}
+
+static inline size_t delta_scratch_floats(const struct delta_heads *heads) {
+    size_t keys = (size_t)round_up(heads->key_dim, 16), values = (size_t)round_up(heads->value_dim, 16);
+    return CHUNK_TOKENS * (3 * keys + values + 4 * CHUNK_TOKENS + 16 + 4) + keys * values;
+}
 
 /* Sampling parameters of a row of logits. */
 struct draw {
@@ -114,6 +171,10 @@ struct kernels {
     void (*attend)(const struct attention *a, const struct attention_task *task, float *scratch);
     /* Merge a row's partial results: out[H head_dim]. */
     void (*merge_parts)(const struct attention *a, int row, int num_parts, float *out);
+    /* Blocks [first, end) of 16 channels of a convolution. */
+    void (*convolve)(const struct convolution *task, int first_block, int end_block);
+    /* Rows of a sequence, of all value heads of a key head. scratch holds delta_scratch_floats. */
+    void (*delta)(const struct delta *task, int sequence, int key_head, float *scratch);
     /* Sample a token from logits[n], in a row of whole registers, which is overwritten; -1 if not finite. scratch[n]. */
     int32_t (*draw)(float *logits, int n, const struct draw *draw, float *scratch);
 };

@@ -36,6 +36,7 @@ int run_multi_step(const struct model *model, const struct step *step, const str
         next.slot_mappings = slot_mappings;
         next.context_lens = context_lens;
         next.ids = multi->ids + (size_t)(done - 1) * (size_t)count;
+        next.replays = NULL;
         next.index = done;
         run_step(model, &next);
     }

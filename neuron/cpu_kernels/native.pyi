@@ -8,6 +8,8 @@ _Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 _Doubles: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 _Seeds: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
 
+class UnsupportedError(ValueError): ...
+
 def levels() -> tuple[str, ...]: ...
 def packed_bytes(format: int, rows: int, columns: int) -> int: ...
 def can_pack(kind: int, format: int) -> bool: ...
@@ -50,38 +52,21 @@ class Pool:
 
 @final
 class Matrix:
-    def __new__(cls, packed: _Bytes, format: int, rows: int, columns: int, bias: _Floats | None = None) -> Self: ...
+    def __new__(
+        cls, packed: _Bytes | None, format: int, rows: int, columns: int, bias: _Floats | None = None
+    ) -> Self: ...
     def unpack_row(self, row: int, out: _Floats) -> None: ...
 
 def kv_page_bytes(kv_dtype: str, head_dim: int) -> int: ...
-def arena_bytes(
-    *,
-    hidden: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    intermediate: int,
-    max_rows: int,
-    max_sequences: int,
-    max_sampled: int,
-    threads: int,
-    has_out_norms: bool,
-    num_kinds: int,
-) -> int: ...
 
 @final
 class Model:
     def __new__(
         cls,
-        pool: Pool,
+        pool: Pool | None,
         level: str,
         *,
-        num_layers: int,
         hidden: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        intermediate: int,
         vocab: int,
         eps: float,
         kv_dtype: Literal["bfloat16", "float32", "int8"] | str,
@@ -89,43 +74,70 @@ class Model:
         max_sequences: int,
         max_sampled: int,
         embedding_scale: float = 1.0,
-        attention_scale: float = 0.0,
-        gelu: bool = False,
-        windows: tuple[int, ...] = (0,),
         logit_cap: float = 0.0,
-        has_window_table: bool = False,
+        windows: tuple[int, ...] = (),
+        threads: int = 0,
+    ) -> Self: ...
+    def add_attention(
+        self,
+        *,
+        norm: _Floats,
+        eps: float,
+        qkv: tuple[Matrix, ...],
+        output: Matrix,
+        rope: _Floats,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window_tokens: int = 0,
+        gated: bool = False,
         query_growth: float = 0.0,
         query_tokens: int = 1,
-    ) -> Self: ...
-    def set_ends(
-        self,
-        embedding: Matrix,
-        head: Matrix,
-        norm: _Floats,
-        ropes: tuple[_Floats, ...],
+        qk_norm: _Floats | None = None,
+        out_norm: _Floats | None = None,
     ) -> None: ...
-    def set_layer(
+    def add_mlp(
         self,
-        number: int,
         *,
-        input_norm: _Floats,
-        post_norm: _Floats,
-        qk_norm: _Floats | None,
-        query: Matrix,
-        key: Matrix,
-        value: Matrix,
-        output: Matrix,
+        norm: _Floats,
+        eps: float,
         gate_up: Matrix,
         down: Matrix,
-        attention_out_norm: _Floats | None = None,
-        mlp_out_norm: _Floats | None = None,
-        kind: int = 0,
+        width: int,
+        gelu: bool = False,
+        out_norm: _Floats | None = None,
     ) -> None: ...
+    def add_gated_delta(
+        self,
+        *,
+        norm: _Floats,
+        eps: float,
+        qkv: tuple[Matrix, ...],
+        z: tuple[Matrix, ...],
+        gates: tuple[Matrix, ...],
+        convolution: tuple[Matrix, ...],
+        decay: _Floats,
+        bias: _Floats,
+        head_norm: _Floats,
+        output: Matrix,
+        num_key_heads: int,
+        num_value_heads: int,
+        key_dim: int,
+        value_dim: int,
+        width: int,
+        max_drafts: int = 0,
+        tiled: bool = False,
+        out_norm: _Floats | None = None,
+    ) -> None: ...
+    def set_ends(self, embedding: Matrix, head: Matrix, norm: _Floats) -> None: ...
     @property
     def page_bytes(self) -> tuple[int, ...]: ...
     @property
+    def state_bytes(self) -> int: ...
+    @property
     def arena_bytes(self) -> int: ...
-    def attach(self, caches: tuple[_Bytes, ...], arena: _Bytes) -> None: ...
+    def attach(self, caches: tuple[_Bytes, ...], states: _Bytes | None, arena: _Bytes) -> None: ...
     def run(
         self,
         token_ids: _Ints,
@@ -145,4 +157,8 @@ class Model:
         later: _Ints | None = None,
         stops: _Ints | None = None,
         channel_fd: int = -1,
+        state_slots: _Ints | None = None,
+        replays: _Ints | None = None,
+        num_decodes: int = 0,
+        num_drafting: int = 0,
     ) -> int: ...

@@ -7,8 +7,8 @@ extensions would have to export.
 
 cimport cython
 from libc.stdint cimport int32_t, uint8_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcmp, memset
 
 
 cdef extern from "formats.h" nogil:
@@ -73,36 +73,64 @@ cdef extern from "kernels.h" nogil:
         KV_BFLOAT16, KV_FLOAT32, KV_INT8
     size_t c_kv_page_bytes "kv_page_bytes"(kv_form form, int head_dim)
 
+    cdef struct delta_heads:
+        int num_keys, num_values, key_dim, value_dim, is_tiled
+    int MAX_CONVOLUTION
+
 cdef extern from "step.h" nogil:
-    cdef struct layer:
-        const float *input_norm
-        const float *post_norm
-        const float *attention_out_norm
-        const float *mlp_out_norm
+    cdef struct attention_kind:
+        int num_heads, num_kv_heads, head_dim, window_tokens, table
+        float scale, query_growth
+        int query_tokens, is_gated
+        const float *rope
+    cdef struct attention_layer:
+        int kind
         const float *qk_norm
         matrix qkv[3]
-        matrix output, gate_up, down
-        int kind
+        matrix output
+    cdef struct mlp_layer:
+        matrix gate_up, down
+        int is_gelu
+    cdef struct delta_layer:
+        delta_heads heads
+        matrix qkv[3]
+        matrix z
+        matrix gates[2]
+        matrix convolution[3]
+        const float *decay
+        const float *bias
+        const float *head_norm
+        matrix output
+        int max_drafts
+    enum layer_kind:
+        ATTENTION, GATED_MLP, GATED_DELTA
+    cdef struct layer:
+        layer_kind kind
+        float eps
+        const float *norm
+        const float *out_norm
+        attention_layer attention
+        mlp_layer mlp
+        delta_layer delta
     int MAX_TABLES, MAX_KINDS
     cdef struct model:
         const kernels *kernels
         pool *pool
-        int threads, num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab
-        float eps, embedding_scale, attention_scale, logit_cap
-        int gelu
+        int threads, hidden, vocab
+        float eps, embedding_scale, logit_cap
         kv_form kv_form
         int max_rows, max_sequences, max_sampled
-        int num_kinds
-        int window_tokens[2]
-        const float *ropes[2]
-        float query_growth
-        int query_tokens
         const float *norm
         matrix embedding, head
+        int num_kinds
+        attention_kind kinds[8]
+        int num_layers
         layer *layers
         int num_tables
-        int table_layers[2]
-        uint8_t *caches[2]
+        size_t page_bytes[4]
+        uint8_t *caches[4]
+        size_t slot_bytes
+        uint8_t *states
         uint8_t *arena
     cdef struct drawing "draws":
         const double *temperature
@@ -120,6 +148,9 @@ cdef extern from "step.h" nogil:
         const int32_t *cu_seqlens
         const int32_t *page_tables
         const int32_t *context_lens
+        const int32_t *state_slots
+        const int32_t *replays
+        int first_drafting, end_drafting
         const int32_t *sampled
         const int32_t *hidden_rows
         float *logits
@@ -130,7 +161,6 @@ cdef extern from "step.h" nogil:
         float *hidden
     double c_uniform "uniform"(uint64_t seed, uint64_t counter)
     void place_layers(model *model)
-    size_t c_page_bytes "page_bytes"(const model *model, int table)
     size_t c_arena_bytes "arena_bytes"(const model *model)
 
 cdef extern from "multi_step.h" nogil:
@@ -142,6 +172,10 @@ cdef extern from "multi_step.h" nogil:
         int fd
         int32_t *scratch
     int run_multi_step(const model *model, const step *step, const multi_step *multi)
+
+
+class UnsupportedError(ValueError):
+    """Model that the kernels cannot run; the message says why."""
 
 
 def levels():
@@ -239,27 +273,30 @@ def pack(
 
 @cython.final
 cdef class Matrix:
-    """Packed matrix ``[rows, columns]``, padded with zeros to 16 rows, and a bias of the same rows."""
+    """Packed matrix ``[rows, columns]``, padded with zeros to 16 rows, and a bias of the same rows.
+
+    Without ``packed`` it is a shape alone, from which the memory of a model that is not loaded follows.
+    """
 
     cdef matrix _matrix
     cdef object _kept
 
-    def __cinit__(self, const unsigned char[::1] packed not None, int format, int rows, int columns, const float[::1] bias=None):
+    def __cinit__(self, const unsigned char[::1] packed, int format, int rows, int columns, const float[::1] bias=None):
         if not W4 <= format <= W32 or rows < 1 or columns < 1 or (format <= W8 and columns % 32):
             raise ValueError(f"no matrix [{rows}, {columns}] of format {format}")
         padded = round_up(rows, BLOCK_ROWS)
-        if packed.shape[0] != padded // BLOCK_ROWS * <Py_ssize_t>block_bytes(format, columns):
+        if packed is not None and packed.shape[0] != padded // BLOCK_ROWS * <Py_ssize_t>block_bytes(format, columns):
             raise ValueError(f"{packed.shape[0]} bytes are no matrix [{rows}, {columns}] of format {format}")
         if bias is not None and bias.shape[0] != padded:
             raise ValueError(f"a bias of {bias.shape[0]} for {padded} rows")
         self._kept = (packed, bias)
-        self._matrix.data = &packed[0]
+        self._matrix.data = &packed[0] if packed is not None else NULL
         self._matrix.bias = &bias[0] if bias is not None else NULL
         self._matrix.rows, self._matrix.columns, self._matrix.format = padded, columns, format
 
     def unpack_row(self, int row, float[::1] out not None):
         """Write row ``row`` as float32 into ``out`` ``[columns]``."""
-        if not 0 <= row < self._matrix.rows or out.shape[0] != self._matrix.columns:
+        if self._matrix.data == NULL or not 0 <= row < self._matrix.rows or out.shape[0] != self._matrix.columns:
             raise ValueError(f"no row {row} of {out.shape[0]} elements")
         unpack_row(&self._matrix, row, &out[0])
 
@@ -281,7 +318,7 @@ def linear(str level not None, Matrix matrix not None, const float[:, ::1] x not
     cdef int i
     task.epilogue = {"store": STORE, "add": ADD, "swiglu": SWIGLU, "geglu": GEGLU}[mode]
     width = matrix._matrix.rows // 2 if mode in ("swiglu", "geglu") else matrix._matrix.rows
-    if x.shape[1] != matrix._matrix.columns or y.shape[0] != x.shape[0] or y.shape[1] != width or not x.shape[0]:
+    if matrix._matrix.data == NULL or x.shape[1] != matrix._matrix.columns or y.shape[0] != x.shape[0] or y.shape[1] != width or not x.shape[0]:
         raise ValueError(f"x [{x.shape[0]}, {x.shape[1]}] and y [{y.shape[0]}, {y.shape[1]}] do not fit")
     task.w = &matrix._matrix
     task.num_x = <int>x.shape[0]
@@ -338,79 +375,61 @@ def kv_page_bytes(str kv_dtype not None, int head_dim):
     return c_kv_page_bytes(kv_form_of(kv_dtype), head_dim)
 
 
-def arena_bytes(
-    *, int hidden, int num_heads, int num_kv_heads, int head_dim, int intermediate, int max_rows, int max_sequences,
-    int max_sampled, int threads, bint has_out_norms, int num_kinds,
-):
-    """Return a bound on the arena of a model of these sizes, whatever form its matrices have."""
-    cdef model m
-    cdef layer only
-    cdef float norm = 1
-    memset(&m, 0, sizeof(model))
-    memset(&only, 0, sizeof(layer))
-    m.layers, m.num_layers, m.threads, m.num_kinds = &only, 1, threads, num_kinds
-    m.hidden, m.num_heads, m.num_kv_heads, m.head_dim = hidden, num_heads, num_kv_heads, head_dim
-    m.intermediate, m.max_rows, m.max_sequences, m.max_sampled = intermediate, max_rows, max_sequences, max_sampled
-    # Floats take the most: they are multiplied as they are.
-    m.head.format = only.qkv[0].format = only.output.format = only.gate_up.format = only.down.format = W32
-    only.qkv[0].columns = only.gate_up.columns = hidden
-    only.output.columns, only.down.columns = num_heads * head_dim, intermediate
-    only.mlp_out_norm = &norm if has_out_norms else NULL
-    return c_arena_bytes(&m)
-
-
 @cython.final
 cdef class Model:
-    """Weights, cache and buffers of a model for the executor."""
+    """Layers, cache and buffers of a model for the executor.
+
+    Layers are added in the order of computation. Vectors are padded with zeros to 16. A model without a pool, for steps on
+    ``threads``, has sizes alone. Raises :class:`UnsupportedError` for layers that no kernel runs, ``ValueError`` for
+    weights that do not fit.
+    """
 
     cdef model _model
     cdef Pool _pool
     cdef list _kept
-    cdef object _caches
-    cdef object _arena
+    cdef tuple _windows
+    cdef object _attached
     cdef int32_t *_scratch
-    cdef Py_ssize_t _num_pages[2]
+    cdef Py_ssize_t _num_pages[4]
+    cdef Py_ssize_t _num_slots
+    cdef int _max_drafts
 
     def __cinit__(
-        self, Pool pool not None, str level not None, *, int num_layers, int hidden, int num_heads, int num_kv_heads,
-        int head_dim, int intermediate, int vocab, float eps, str kv_dtype not None, int max_rows, int max_sequences,
-        float embedding_scale=1.0, float attention_scale=0.0, bint gelu=False, tuple windows not None=(0,),
-        float logit_cap=0.0, int max_sampled, bint has_window_table=False, float query_growth=0.0, int query_tokens=1,
+        self, Pool pool, str level not None, *, int hidden, int vocab, float eps, str kv_dtype not None, int max_rows,
+        int max_sequences, int max_sampled, float embedding_scale=1.0, float logit_cap=0.0, tuple windows not None=(),
+        int threads=0,
     ):
-        sizes = (
-            num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_rows, max_sequences, max_sampled
-        )
-        if min(sizes) < 1 or max_sampled < max_sequences or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024 or query_tokens < 1:
+        """``windows`` are those of the page tables behind table 0."""
+        sizes = (hidden, vocab, max_rows, max_sequences, max_sampled)
+        if min(sizes) < 1 or max_sampled < max_sequences or (pool is None) != (threads > 0):
             raise ValueError(f"no model of sizes {sizes}")
-        if not 0 < len(windows) <= MAX_KINDS or min(windows) < 0 or not has_window_table <= sum(map(bool, windows)) < 2:
-            raise ValueError(f"no model with the windows {windows}")
+        if len(windows) >= MAX_TABLES or min(windows, default=1) < 1 or len(set(windows)) < len(windows):
+            raise ValueError(f"no page tables of the windows {windows}")
         memset(&self._model, 0, sizeof(model))
-        self._pool = pool
-        self._kept = []
+        self._pool, self._kept, self._windows = pool, [], windows
         m = &self._model
-        m.kernels, m.pool, m.threads = table_of(level), pool._pool, pool_threads(pool._pool)
-        m.num_layers, m.hidden, m.num_heads, m.num_kv_heads = num_layers, hidden, num_heads, num_kv_heads
-        m.head_dim, m.intermediate, m.vocab, m.eps = head_dim, intermediate, vocab, eps
+        m.kernels = table_of(level)
+        m.pool = pool._pool if pool is not None else NULL
+        m.threads = pool_threads(pool._pool) if pool is not None else threads
+        m.hidden, m.vocab, m.eps = hidden, vocab, eps
         m.kv_form = kv_form_of(kv_dtype)
         m.max_rows, m.max_sequences, m.max_sampled = max_rows, max_sequences, max_sampled
-        m.embedding_scale, m.attention_scale = embedding_scale, attention_scale or head_dim ** -0.5
-        m.gelu, m.logit_cap, m.query_growth, m.query_tokens = gelu, logit_cap, query_growth, query_tokens
-        m.num_kinds = <int>len(windows)
-        for kind, window in enumerate(windows):
-            m.window_tokens[kind] = window
-        m.num_tables = 1 + has_window_table
-        m.layers = <layer *>calloc(num_layers, sizeof(layer))
+        m.embedding_scale, m.logit_cap = embedding_scale, logit_cap
+        m.num_tables = 1 + <int>len(windows)
+        self._max_drafts = 64
         self._scratch = <int32_t *>calloc(max_sequences, (3 + MAX_TABLES) * sizeof(int32_t))
-        if m.layers == NULL or self._scratch == NULL:
+        if self._scratch == NULL:
             raise MemoryError
 
     def __dealloc__(self):
         free(self._model.layers)
         free(self._scratch)
 
-    cdef const float *_vector(self, const float[::1] values, Py_ssize_t length) except NULL:
-        if values.shape[0] != length:
-            raise ValueError(f"a vector of {values.shape[0]}, {length} wanted")
+    cdef const float *_vector(self, const float[::1] values, int length) except? NULL:
+        if values is None:
+            return NULL
+        if values.shape[0] != round_up(length, 16):
+            raise ValueError(f"a vector of {values.shape[0]}, {length} padded to 16 wanted")
         self._kept.append(values)
         return &values[0]
 
@@ -420,85 +439,173 @@ cdef class Model:
         self._kept.append(found)
         return found._matrix
 
-    def set_ends(
-        self, Matrix embedding not None, Matrix head not None, norm not None, tuple ropes not None,
-    ):
-        """Set the embedding, the final norm and the head, and the rotary embedding of each kind of layers.
+    cdef int _side_by_side(self, matrix *to, tuple found, tuple rows, int columns) except -1:
+        """Set matrices that multiply the same activations."""
+        if len(found) != len(rows):
+            raise ValueError(f"{len(found)} matrices, {len(rows)} wanted")
+        for i, (each, count) in enumerate(zip(found, rows)):
+            to[i] = self._checked(each, count, columns)
+        if len({max(to[i].format, <int>W8) for i in range(<int>len(rows))}) > 1:
+            raise ValueError("matrices side by side multiply different forms of the same activations")
+        return 0
 
-        ``norm`` is padded to 16. A rotary embedding is ``[head_dim]``: the angles of pairs, and the factors of pairs.
+    cdef layer *_added(self, layer_kind kind, norm, out_norm, float eps) except NULL:
+        m = &self._model
+        cdef layer *layers = <layer *>realloc(m.layers, (m.num_layers + 1) * sizeof(layer))
+        if layers == NULL:
+            raise MemoryError
+        m.layers = layers
+        found = &layers[m.num_layers]
+        memset(found, 0, sizeof(layer))
+        found.kind, found.eps = kind, eps
+        if norm is None:
+            raise ValueError("a layer has no norm")
+        found.norm, found.out_norm = self._vector(norm, m.hidden), self._vector(out_norm, m.hidden)
+        if m.num_layers and (layers[0].out_norm == NULL) != (found.out_norm == NULL):
+            raise UnsupportedError("some layers normalise their outputs, and others do not")
+        return found
+
+    cdef int _kind(self, const attention_kind *wanted) except -1:
+        """Return the number of a kind of attention, which is added if it is new."""
+        m = &self._model
+        for i in range(m.num_kinds):
+            known = &m.kinds[i]
+            if (
+                known.num_heads == wanted.num_heads and known.num_kv_heads == wanted.num_kv_heads
+                and known.head_dim == wanted.head_dim and known.window_tokens == wanted.window_tokens
+                and known.scale == wanted.scale and known.query_growth == wanted.query_growth
+                and known.query_tokens == wanted.query_tokens and known.is_gated == wanted.is_gated
+                and memcmp(known.rope, wanted.rope, wanted.head_dim * sizeof(float)) == 0
+            ):
+                return i
+        if m.num_kinds == MAX_KINDS:
+            raise UnsupportedError(f"more than {MAX_KINDS} kinds of attention")
+        m.kinds[m.num_kinds] = wanted[0]
+        m.num_kinds += 1
+        return m.num_kinds - 1
+
+    def add_attention(
+        self, *, norm, float eps, tuple qkv not None, Matrix output not None, rope not None, int num_heads,
+        int num_kv_heads, int head_dim, float scale, int window_tokens=0, bint gated=False, float query_growth=0.0,
+        int query_tokens=1, qk_norm=None, out_norm=None,
+    ):
+        """Add attention. ``rope`` ``[head_dim]`` has the angles of pairs, and the factors of pairs."""
+        cdef attention_kind kind
+        if head_dim > 1024:
+            raise UnsupportedError(f"heads of {head_dim} dimensions; at most 1024 are supported")
+        if min(num_heads, num_kv_heads, head_dim, query_tokens) < 1 or num_heads % num_kv_heads or head_dim % 2 or window_tokens < 0:
+            raise ValueError(f"no attention of {num_heads} heads of {head_dim}, {num_kv_heads} of keys")
+        kind.num_heads, kind.num_kv_heads, kind.head_dim = num_heads, num_kv_heads, head_dim
+        kind.window_tokens, kind.scale, kind.is_gated = window_tokens, scale, gated
+        kind.query_growth, kind.query_tokens = query_growth, query_tokens
+        kind.table = 1 + <int>self._windows.index(window_tokens) if window_tokens in self._windows else 0
+        kind.rope = self._vector(rope, head_dim)
+        m = &self._model
+        queries, keys = num_heads * head_dim, num_kv_heads * head_dim
+        found = self._added(ATTENTION, norm, out_norm, eps)
+        found.attention.qk_norm = self._vector(qk_norm, (num_heads + num_kv_heads) * head_dim)
+        self._side_by_side(found.attention.qkv, qkv, (2 * queries if gated else queries, keys, keys), m.hidden)
+        found.attention.output = self._checked(output, m.hidden, queries)
+        found.attention.kind = self._kind(&kind)
+        m.num_layers += 1
+
+    def add_mlp(self, *, norm, float eps, Matrix gate_up not None, Matrix down not None, int width, bint gelu=False, out_norm=None):
+        """Add a gated MLP; ``gate_up`` alternates blocks of 16 rows of gate and up."""
+        m = &self._model
+        found = self._added(GATED_MLP, norm, out_norm, eps)
+        found.mlp.gate_up = self._checked(gate_up, 2 * round_up(width, 16), m.hidden)
+        found.mlp.down = self._checked(down, m.hidden, width)
+        found.mlp.is_gelu = gelu
+        m.num_layers += 1
+
+    def add_gated_delta(
+        self, *, norm, float eps, tuple qkv not None, tuple z not None, tuple gates not None, tuple convolution not None,
+        decay not None, bias not None, head_norm not None, Matrix output not None, int num_key_heads,
+        int num_value_heads, int key_dim, int value_dim, int width, int max_drafts=0, bint tiled=False, out_norm=None,
+    ):
+        """Add a gated delta net, ``gates`` being strengths, then decays; ``convolution`` has the format W32.
+
+        A sequence has at most ``max_drafts`` draft tokens in a step.
         """
+        if not 0 <= max_drafts < 64 or min(num_key_heads, num_value_heads, key_dim, value_dim) < 1 or num_value_heads % num_key_heads or width < 2:
+            raise ValueError(f"no recurrence of {num_value_heads} heads, {num_key_heads} of keys")
+        if width > MAX_CONVOLUTION:
+            raise UnsupportedError(f"a convolution of {width} tokens; at most {MAX_CONVOLUTION} are supported")
+        m = &self._model
+        found = self._added(GATED_DELTA, norm, out_norm, eps)
+        own = &found.delta
+        own.heads.num_keys, own.heads.num_values, own.heads.is_tiled = num_key_heads, num_value_heads, tiled
+        own.heads.key_dim, own.heads.value_dim = key_dim, value_dim
+        own.max_drafts = max_drafts
+        keys, values = num_key_heads * key_dim, num_value_heads * value_dim
+        self._side_by_side(own.qkv, qkv, (keys, keys, values), m.hidden)
+        self._side_by_side(&own.z, z, (values,), m.hidden)
+        self._side_by_side(own.gates, gates, (num_value_heads, num_value_heads), m.hidden)
+        for i, (each, rows) in enumerate(zip(convolution, (keys, keys, values), strict=True)):
+            own.convolution[i] = self._checked(each, rows, width)
+            if own.convolution[i].format != W32:
+                raise ValueError("a convolution has float32 weights")
+        own.decay, own.bias = self._vector(decay, num_value_heads), self._vector(bias, num_value_heads)
+        own.head_norm = self._vector(head_norm, value_dim)
+        own.output = self._checked(output, m.hidden, values)
+        self._max_drafts = min(self._max_drafts, max_drafts)
+        m.num_layers += 1
+
+    def set_ends(self, Matrix embedding not None, Matrix head not None, norm not None):
+        """Set the embedding, the final norm and the head."""
         m = &self._model
         m.embedding = self._checked(embedding, m.vocab, m.hidden)
         m.head = self._checked(head, m.vocab, m.hidden)
-        m.norm = self._vector(norm, round_up(m.hidden, 16))
-        if len(ropes) != m.num_kinds:
-            raise ValueError(f"{len(ropes)} rotary embeddings for {m.num_kinds} kinds of layers")
-        for kind, rope in enumerate(ropes):
-            m.ropes[kind] = self._vector(rope, m.head_dim)
+        m.norm = self._vector(norm, m.hidden)
 
-    def set_layer(
-        self, int number, *, input_norm not None, post_norm not None, qk_norm, Matrix query not None,
-        Matrix key not None, Matrix value not None, Matrix output not None, Matrix gate_up not None, Matrix down not None,
-        attention_out_norm=None, mlp_out_norm=None, int kind=0,
-    ):
-        """Set a layer. Norms are padded to 16; ``gate_up`` alternates blocks of 16 rows of gate and up."""
-        m = &self._model
-        if not 0 <= number < m.num_layers:
-            raise ValueError(f"no layer {number}")
-        found = &m.layers[number]
-        queries, keys = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-        found.input_norm = self._vector(input_norm, round_up(m.hidden, 16))
-        found.post_norm = self._vector(post_norm, round_up(m.hidden, 16))
-        found.attention_out_norm = found.mlp_out_norm = found.qk_norm = NULL
-        if (attention_out_norm is None) != (mlp_out_norm is None):
-            raise ValueError("the outputs of attention and MLP are normalised both, or neither")
-        if attention_out_norm is not None:
-            found.attention_out_norm = self._vector(attention_out_norm, round_up(m.hidden, 16))
-            found.mlp_out_norm = self._vector(mlp_out_norm, round_up(m.hidden, 16))
-        if not 0 <= kind < m.num_kinds:
-            raise ValueError(f"no kind {kind} of layers")
-        found.kind = kind
-        if qk_norm is not None:
-            found.qk_norm = self._vector(qk_norm, (m.num_heads + m.num_kv_heads) * m.head_dim)
-        found.qkv[0] = self._checked(query, queries, m.hidden)
-        found.qkv[1] = self._checked(key, keys, m.hidden)
-        found.qkv[2] = self._checked(value, keys, m.hidden)
-        forms = {max(part._matrix.format, <int>W8) for part in (query, key, value)}
-        if len(forms) != 1:
-            raise ValueError("query, key and value multiply different forms of the same activations")
-        found.output = self._checked(output, m.hidden, queries)
-        found.gate_up = self._checked(gate_up, 2 * round_up(m.intermediate, 16), m.hidden)
-        found.down = self._checked(down, m.hidden, m.intermediate)
+    cdef int _place(self) except -1:
+        if self._model.num_layers == 0 or self._model.norm == NULL:
+            raise ValueError("layers are missing")
+        place_layers(&self._model)
+        return 0
 
     @property
     def page_bytes(self):
-        """Sizes in bytes of a page of each table over its layers; known once all layers are set."""
-        place_layers(&self._model)
-        return tuple(c_page_bytes(&self._model, table) for table in range(self._model.num_tables))
+        """Sizes in bytes of a page of each table over its layers; known once all layers are added."""
+        self._place()
+        return tuple(self._model.page_bytes[table] for table in range(self._model.num_tables))
+
+    @property
+    def state_bytes(self):
+        """Size in bytes of the states of all layers of a sequence; known once all layers are added."""
+        self._place()
+        return self._model.slot_bytes
 
     @property
     def arena_bytes(self):
-        """Size of a step's arena in bytes; known once all matrices are set."""
+        """Size of a step's arena in bytes; known once all layers are added."""
+        self._place()
         return c_arena_bytes(&self._model)
 
-    def attach(self, tuple caches not None, unsigned char[::1] arena not None):
-        """Set the cache of each page table (whole pages) and the arena, zeroed and aligned to 64 bytes."""
+    def attach(self, tuple caches not None, const unsigned char[::1] states, unsigned char[::1] arena not None):
+        """Set the cache of each page table (whole pages), the state slots and the arena, zeroed and aligned to 64 bytes."""
         cdef unsigned char[::1] cache
         m = &self._model
         sizes = self.page_bytes
-        if m.head.data == NULL or any(m.layers[i].input_norm == NULL for i in range(m.num_layers)):
+        if self._pool is None or any((<Matrix?>each)._matrix.data == NULL for each in self._kept if isinstance(each, Matrix)):
             raise ValueError("weights are missing")
-        if len({m.layers[i].mlp_out_norm == NULL for i in range(m.num_layers)}) > 1:
-            raise ValueError("some layers normalise their outputs, and others do not")
         if len(caches) != m.num_tables or any(len(each) < size or (size and len(each) % size) for each, size in zip(caches, sizes)) or arena.shape[0] < <Py_ssize_t>c_arena_bytes(m):
             raise ValueError(f"caches of {[len(each) for each in caches]} bytes and an arena of {arena.shape[0]} do not fit")
+        num_bytes = states.shape[0] if states is not None else 0
+        if num_bytes % m.slot_bytes or num_bytes < m.slot_bytes if m.slot_bytes else num_bytes:
+            raise ValueError(f"{num_bytes} bytes are no states of {m.slot_bytes} bytes")
         for table, cache in enumerate(caches):
             if <size_t>&cache[0] % 64 or <size_t>&arena[0] % 64:
                 raise ValueError("cache and arena must be aligned to 64 bytes")
             # A table without layers has any page.
             self._num_pages[table] = cache.shape[0] // sizes[table] if sizes[table] else 1 << 27
             m.caches[table] = &cache[0]
-        self._caches, self._arena = caches, arena
+        if m.slot_bytes:
+            if <size_t>&states[0] % 64:
+                raise ValueError("states must be aligned to 64 bytes")
+            m.states = <uint8_t *>&states[0]
+            self._num_slots = num_bytes // m.slot_bytes
+        self._attached = caches, states, arena
         m.arena = &arena[0]
 
     def run(
@@ -520,6 +627,10 @@ cdef class Model:
         int32_t[:, ::1] later=None,
         const int32_t[::1] stops=None,
         int channel_fd=-1,
+        const int32_t[::1] state_slots=None,
+        const int32_t[::1] replays=None,
+        int num_decodes=0,
+        int num_drafting=0,
     ):
         """Compute a step of B sequences and T tokens (see StepPlan) and write ``finite`` ``[B]``, else 0.
 
@@ -528,7 +639,9 @@ cdef class Model:
         overwritten: temperature, top-p and min-p (float64 ``[R]``), top-k (int32), seeds (uint64) and counters (int32)
         as in :class:`neuron.engine.sampler.Draws`, and scratch, float32 ``[threads, V padded]``; rows with a
         temperature below 0 are skipped. The E ``hidden_rows`` write their last hidden states to ``hidden``
-        ``[E, hidden]``.
+        ``[E, hidden]``. ``state_slots`` ``[B]``, all different, are the states that the sequences continue; slot 0 is
+        of no sequence. The ``num_drafting`` sequences behind the ``num_decodes`` first have draft tokens: no state advances
+        by these, and ``replays`` ``[B]`` of them are the accepted ones, by which states advance first.
 
         With ``later`` ``[N - 1, B]``, where every sequence has one row and that is sampled, the step is done up to N
         times, each with the tokens of the one before it: returns how often. It ends behind one that goes wrong, samples
@@ -572,6 +685,19 @@ cdef class Model:
                     raise ValueError(f"row {i} is left, so that nothing can follow it")
         if more and ((logits is not None and draws is None) or E or T != B or R != B or later.shape[1] != B):
             raise ValueError(f"{T} tokens of {B} sequences, {R} sampled, cannot be done {more + 1} times")
+        if m.slot_bytes and (state_slots is None or state_slots.shape[0] != B):
+            raise ValueError(f"{B} sequences have no states to continue")
+        if num_decodes < 0 or num_drafting < 0 or (more and num_drafting) or (replays is not None and replays.shape[0] != B):
+            raise ValueError(f"{B} sequences cannot have these draft tokens")
+        for i in range(B if m.slot_bytes else 0):
+            if not 0 < state_slots[i] < self._num_slots:
+                raise ValueError(f"state slot {state_slots[i]} is out of range")
+            drafts = cu_seqlens[i + 1] - cu_seqlens[i] - 1 if num_decodes <= i < num_decodes + num_drafting else 0
+            if not 0 <= drafts <= self._max_drafts or (replays is not None and not 0 <= replays[i] <= self._max_drafts):
+                raise ValueError(f"sequence {i} has more than {self._max_drafts} draft tokens")
+            for j in range(i):
+                if state_slots[j] == state_slots[i]:
+                    raise ValueError(f"sequences {j} and {i} continue one state")
         for i in range(T):
             if not 0 <= token_ids[i] < m.vocab:
                 raise ValueError(f"token {token_ids[i]} is out of range")
@@ -597,6 +723,9 @@ cdef class Model:
         s.page_columns = <int>page_tables.shape[2]
         s.token_ids, s.positions, s.cu_seqlens = &token_ids[0], &positions[0], &cu_seqlens[0]
         s.slot_mappings, s.page_tables, s.context_lens = &slot_mappings[0, 0], &page_tables[0, 0, 0], &context_lens[0]
+        s.state_slots = &state_slots[0] if m.slot_bytes else NULL
+        s.replays = &replays[0] if replays is not None else NULL
+        s.first_drafting, s.end_drafting = num_decodes, num_decodes + num_drafting
         s.sampled = &sampled[0] if R else NULL
         s.logits = &logits[0, 0] if logits is not None and R else NULL
         s.draws, s.index = NULL, 0

@@ -5,47 +5,82 @@
 #include "kernels.h"
 #include "pool.h"
 
-struct layer {
-    const float *input_norm; /* [hidden padded to 16] */
-    const float *post_norm;
-    /* Norms of the outputs of attention and MLP, before the residual; both or neither in all layers. */
-    const float *attention_out_norm, *mlp_out_norm;
-    const float *qk_norm; /* [H + K, head_dim], or NULL */
-    struct matrix qkv[3]; /* separate, because a file may store each in another kind */
-    struct matrix output, gate_up, down;
-    int kind;  /* of attention */
-    int place; /* among the layers of its page table; set by place_layers */
+/* Attention of some layers: what they have in common. */
+struct attention_kind {
+    int num_heads, num_kv_heads, head_dim;
+    int window_tokens;  /* 0: all tokens */
+    int table;          /* page table of its layers */
+    float scale;        /* of scores */
+    float query_growth; /* queries are multiplied by 1 + growth log(1 + position / query_tokens), in whole numbers */
+    int query_tokens;
+    int is_gated;      /* the output is multiplied by the sigmoid of gates, which stand behind each query head */
+    const float *rope; /* [head_dim]: angle per position of each pair, and behind these each pair's factor */
 };
 
-/* Table 0 has all pages of a sequence. A second one is of the windowed layers, with a sequence's last pages. */
-enum { MAX_TABLES = 2 };
+struct attention_layer {
+    int kind;
+    const float *qk_norm;  /* [H + K, head_dim], or NULL */
+    struct matrix qkv[3];  /* separate, because a file may store each in another kind */
+    struct matrix output;
+    size_t page_offset; /* bytes of a page before its own */
+};
 
-/* Attention of a model's layers differs in its window and its rotary embedding. */
-enum { MAX_KINDS = 2 };
+struct mlp_layer {
+    struct matrix gate_up, down;
+    int is_gelu; /* the gate's activation; else SiLU */
+};
+
+struct delta_layer {
+    struct delta_heads heads;
+    struct matrix qkv[3], z, gates[2]; /* gates: strengths, then decays */
+    struct matrix convolution[3];      /* of q, k and v: W32, a column for each token of its width */
+    const float *decay, *bias;         /* [H] */
+    const float *head_norm;            /* [value_dim padded to 16] */
+    struct matrix output;
+    int max_drafts; /* draft tokens of a sequence in a step */
+    size_t state_offset, gates_offset; /* bytes of a slot before its state, and before the gates of drafts */
+};
+
+enum layer_kind { ATTENTION, GATED_MLP, GATED_DELTA };
+
+/* Layer: adds to the residual x what it makes of norm(x), normalised by out_norm where it is not NULL. */
+struct layer {
+    enum layer_kind kind;
+    float eps;
+    const float *norm;     /* [hidden padded to 16] */
+    const float *out_norm; /* in all layers, or in none */
+    union {
+        struct attention_layer attention;
+        struct mlp_layer mlp;
+        struct delta_layer delta;
+    };
+};
+
+/* Table 0 has all pages of a sequence. The others are of windowed layers, with a sequence's last pages. */
+enum { MAX_TABLES = 4, MAX_KINDS = 8 };
 
 struct model {
     const struct kernels *kernels;
     struct pool *pool;
     int threads; /* of the pool */
-    int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab;
-    float eps;
-    float embedding_scale, attention_scale;
+    int hidden, vocab;
+    float eps; /* of the last norm */
+    float embedding_scale;
     float logit_cap; /* of the logits; 0: none */
-    int gelu; /* the gate's activation; else SiLU */
     enum kv_form kv_form;
     int max_rows, max_sequences, max_sampled;
-    int num_kinds;
-    int window_tokens[MAX_KINDS];  /* 0: all tokens; one kind at most has a window */
-    const float *ropes[MAX_KINDS]; /* [head_dim]: angle per position of each pair, and behind these each pair's factor */
-    float query_growth; /* queries are multiplied by 1 + growth log(1 + position / query_tokens), in whole numbers */
-    int query_tokens;
     const float *norm; /* [hidden padded to 16] */
     struct matrix embedding, head;
+    int num_kinds;
+    struct attention_kind kinds[MAX_KINDS];
+    int num_layers;
     struct layer *layers;
     int num_tables;
-    int table_layers[MAX_TABLES]; /* number of layers; set by place_layers */
-    uint8_t *caches[MAX_TABLES];  /* [pages, layers of the table, 2 (keys, values), K, page of a head] */
-    uint8_t *arena; /* arena_bytes(model), 64-byte aligned */
+    size_t page_bytes[MAX_TABLES]; /* of a page over all layers of a table */
+    uint8_t *caches[MAX_TABLES];   /* [pages, layers of the table, 2 (keys, values), K, page of a head] */
+    size_t slot_bytes;             /* of the states of all layers; 0: none has one */
+    uint8_t *states;               /* [slots, slot_bytes] */
+    uint8_t *arena;                /* arena_bytes(model), 64-byte aligned */
 };
 
 /* Sampling parameters by row: neuron.engine.sampler's tables. A row with a temperature below 0 is skipped. */
@@ -64,6 +99,9 @@ struct step {
     const int32_t *cu_seqlens;                    /* [B + 1] */
     const int32_t *page_tables;                   /* [tables, B, page_columns]; 0: no page */
     const int32_t *context_lens;                  /* [B] */
+    const int32_t *state_slots;                   /* [B]; NULL where no layer has a state */
+    const int32_t *replays;                       /* [B]; NULL where no state is behind */
+    int first_drafting, end_drafting;             /* sequences with draft tokens, by which no state advances */
     const int32_t *sampled;                       /* [R]: rows */
     const int32_t *hidden_rows;                   /* [E] */
     float *logits;   /* [R, vocab padded]: logits of the sampled rows; NULL: their likeliest token into ids */
@@ -79,16 +117,8 @@ enum { NON_FINITE = -1 };
 /* The number in [0, 1) that a row draws with: neuron.triton_kernels.sampling. */
 double uniform(uint64_t seed, uint64_t counter);
 
-/* Count the layers of each page table; windows of all layers are set. */
+/* Give each layer its place in the pages of its table, or in a slot of states; called once all layers are set. */
 void place_layers(struct model *model);
-
-/* Number of the page table of layers of a kind. */
-static inline int table_of(const struct model *model, int kind) {
-    return model->window_tokens[kind] > 0 ? model->num_tables - 1 : 0;
-}
-
-/* Bytes of a page over all layers of a table. */
-size_t page_bytes(const struct model *model, int table);
 
 /* Bytes of the arena; depends on sizes and threads only. */
 size_t arena_bytes(const struct model *model);

@@ -8,6 +8,8 @@ void LEVEL(quantize)(int, const float *, int, uint8_t *);
 void LEVEL(write_kv)(const struct attention *, int, int, int, int);
 void LEVEL(attend)(const struct attention *, const struct attention_task *, float *);
 void LEVEL(merge_parts)(const struct attention *, int, int, float *);
+void LEVEL(convolve)(const struct convolution *, int, int);
+void LEVEL(delta)(const struct delta *, int, int, float *);
 int32_t LEVEL(draw)(float *, int, const struct draw *, float *);
 
 #define QUOTE(name) #name
@@ -22,5 +24,7 @@ const struct kernels LEVEL(kernels) = {
     .write_kv = LEVEL(write_kv),
     .attend = LEVEL(attend),
     .merge_parts = LEVEL(merge_parts),
+    .convolve = LEVEL(convolve),
+    .delta = LEVEL(delta),
     .draw = LEVEL(draw),
 };

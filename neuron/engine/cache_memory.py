@@ -83,15 +83,28 @@ class NativeCaches:
     """
 
     def __init__(self, plan: MemoryPlan, page_bytes: Sequence[int]) -> None:
-        self.tables: list[np.ndarray[Any, np.dtype[np.uint8]]] = [
-            huge_pages((num_pages + 1) * max(1, num_bytes)).reshape(num_pages + 1, -1)
-            for num_pages, num_bytes in zip(plan.pages, page_bytes, strict=True)
+        self.tables = [
+            _rows(num_pages + 1, num_bytes) for num_pages, num_bytes in zip(plan.pages, page_bytes, strict=True)
         ]
+        self.states = None if plan.states is None else _rows(1 + plan.states.num_slots, plan.states.slot_bytes)
+        """State slots ``[slots, bytes]``, laid out as in ``delta.c``."""
+
+    def copy_states(self, copies: Int32Array) -> None:
+        """Copy states as :meth:`LayerCaches.copy_states` does."""
+        for source, to in copies.T.tolist():
+            assert self.states is not None
+            self.states[to] = self.states[source] if source else 0
 
     def clear(self, tables: Sequence[Int32Array]) -> None:
-        """Zero pages of each table, as :meth:`LayerCaches.clear` does."""
+        """Zero pages of each table and state slots, as :meth:`LayerCaches.clear` does."""
         for cache, pages in zip(self.tables, tables, strict=False):
             cache[pages] = 0
+        if self.states is not None:
+            self.states[tables[-1]] = 0
+
+
+def _rows(count: int, num_bytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    return huge_pages(count * max(1, num_bytes)).reshape(count, -1)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

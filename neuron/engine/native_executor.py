@@ -20,7 +20,8 @@ from neuron.engine.sampler import Draw, Draws, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.models import packed
 from neuron.models.model import ModelConfig
-from neuron.models.packed_weights import PackedWeights, huge_pages, make_model
+from neuron.models.packed import PackedWeights
+from neuron.models.packed_weights import embedding_scale, huge_pages
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels.sampling import NON_FINITE, SamplingRows, changed_logits
 
@@ -51,23 +52,24 @@ class NativeExecutor:
         self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"), draw_natively(level))
         self._channel_fd = channel_fd
         self._sampled_rows = plan.sampled_rows
-        self._model = make_model(
+        self._model = packed.make_model(
             config,
             weights,
             shared_pool(),
             level,
-            dtype=plan.dtype,
             kv_dtype=plan.kv_dtype,
             rows=max(plan.step_tokens, plan.sampled_rows + PAGE_TOKENS),
             sequences=plan.max_sequences,
             sampled=plan.sampled_rows,
-            has_window_table=bool(plan.tables),
+            embedding_scale=embedding_scale(config, plan.dtype),
+            windows=tuple(table.window_tokens for table in plan.tables),
         )
         self.caches = NativeCaches(plan, self._model.page_bytes)
         arena = huge_pages(self._model.arena_bytes)
         if len(arena) > plan.workspace_bytes:
             raise RuntimeError(f"the plan counted {plan.workspace_bytes} bytes of work space, {len(arena)} are needed")
-        self._model.attach(tuple(pages.reshape(-1) for pages in self.caches.tables), arena)
+        states = None if self.caches.states is None else self.caches.states.reshape(-1)
+        self._model.attach(tuple(pages.reshape(-1) for pages in self.caches.tables), states, arena)
         self._logits: torch.Tensor | None = None
 
     def launch(self, plan: StepPlan) -> HostStep:
@@ -85,6 +87,7 @@ class NativeExecutor:
             draws.temperature[~is_plain] = -1.0
         if num_sampled and (draws is None or draws.temperature.any()):
             logits = self._rows()[:num_sampled]
+        self.caches.copy_states(plan.state_loads)
         num_steps = self._model.run(
             plan.token_ids,
             np.ascontiguousarray(plan.positions),
@@ -103,7 +106,12 @@ class NativeExecutor:
             # Any row's stop ends the call: a step costs as much for a row that has ended as for one that has not.
             stops=np.unique(plan.stops[plan.stops >= 0]) if plan.num_steps > 1 else None,
             channel_fd=self._channel_fd,
+            state_slots=plan.state_slots if len(plan.state_slots) else None,
+            replays=np.ascontiguousarray(plan.replays) if len(plan.replays) else None,
+            num_decodes=plan.num_decodes,
+            num_drafting=plan.num_drafting,
         )
+        self.caches.copy_states(plan.state_saves)
         logprobs: dict[int, TokenLogprobs] = {}
         if logits is not None and not is_plain.all():
             logprobs = self._sample(plan, logits, np.flatnonzero(~is_plain), ids)

@@ -7,6 +7,7 @@ gate of the output before W_o (arXiv:2505.06708).
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from neuron.cpu_kernels import native
 from neuron.layers.cache import PagedKV
 from neuron.layers.layer import Weights
 from neuron.layers.norm import Norm
@@ -142,3 +143,23 @@ class Attention:
         if gates is not None:
             x *= gates.sigmoid()
         step.add_linear(x, weights["output"], (weights["out_norm"], eps) if self.out_norm else None, residual)
+
+    def pack(self, model: native.Model, weights: Weights) -> None:
+        """See :class:`~neuron.layers.layer.PackedLayer`."""
+        model.add_attention(
+            norm=weights["norm"],
+            eps=self.norm.eps,
+            qkv=weights["qkv"],
+            output=weights["output"][0],
+            rope=weights["rope"],
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.scale,
+            window_tokens=self.window_tokens,
+            gated=self.gated,
+            query_growth=self.query_growth.factor,
+            query_tokens=self.query_growth.context_tokens,
+            qk_norm=weights.get("qk_norm"),
+            out_norm=weights.get("out_norm"),
+        )

@@ -7,6 +7,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from neuron.cpu_kernels import native
 from neuron.layers.cache import CHUNK_TOKENS, MAX_DRAFTS, SequenceState, StateTensor
 from neuron.layers.layer import Weights
 from neuron.layers.norm import Norm
@@ -149,6 +150,30 @@ class GatedDelta:
         )  # fmt: skip
         out = operations.gated_norm(out, z, weights["head_norm"], self.norm.eps)
         step.add_linear(out, weights["output"], None, residual)
+
+    def pack(self, model: native.Model, weights: Weights) -> None:
+        """See :class:`~neuron.layers.layer.PackedLayer`."""
+        if self.joins_inputs or self.joins_gates:
+            raise native.UnsupportedError("projections of several kinds are one matrix")
+        model.add_gated_delta(
+            norm=weights["norm"],
+            eps=self.norm.eps,
+            qkv=weights["qkv"],
+            z=weights["z"],
+            gates=weights["gates"],
+            convolution=weights["convolution"],
+            decay=weights["decay"],
+            bias=weights["bias"],
+            head_norm=weights["head_norm"],
+            output=weights["output"][0],
+            num_key_heads=self.num_key_heads,
+            num_value_heads=self.num_value_heads,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            width=self.width,
+            max_drafts=MAX_DRAFTS,
+            tiled=self.tiled,
+        )
 
     def _heads(self, shard: Shard) -> tuple[range, Runs]:
         """Return a rank's key heads and value heads."""

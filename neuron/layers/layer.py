@@ -1,12 +1,14 @@
 """Interface of a layer.
 
 A layer is a frozen value of sizes and constants. It adds its result to the residual stream; a decoder is a list of
-blocks of layers between an embedding and a head. No torch is imported here: a daemon plans memory with layers.
+blocks of layers between an embedding and a head. A layer with ``pack`` runs on the CPU kernels too. No torch is
+imported here: a daemon plans memory with layers.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from neuron.cpu_kernels import native
 from neuron.layers.cache import Cache
 from neuron.layers.parameters import Parameters
 from neuron.layers.shard import WHOLE, Shard
@@ -34,3 +36,15 @@ class Layer(Protocol):
 
     def forward(self, step: "Step", weights: Weights, residual: "torch.Tensor", cache: Any) -> None:
         """Add the layer's output to ``residual`` ``[T, hidden]`` in place, and write to ``cache``."""
+
+
+@runtime_checkable
+class PackedLayer(Layer, Protocol):
+    """Layer that the CPU kernels run."""
+
+    def pack(self, model: native.Model, weights: Weights) -> None:
+        """Add the layer with its packed ``weights`` to a step in C.
+
+        A vector is float32 of whole registers, a matrix the tuple of its tensors' native matrices. Raises
+        :class:`~neuron.cpu_kernels.native.UnsupportedError` where no kernel runs it.
+        """

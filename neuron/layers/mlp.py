@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from neuron.cpu_kernels import native
 from neuron.layers.layer import Weights
 from neuron.layers.norm import Norm
 from neuron.layers.parameters import Fused, Matrix, Parameters, Tensor
@@ -57,3 +58,15 @@ class GatedMlp:
         eps = self.norm.eps
         x = step.operations.normed_mlp_in(residual, (weights["norm"], eps), weights["gate_up"].weight, self.activation)
         step.add_linear(x, weights["down"], (weights["out_norm"], eps) if self.out_norm else None, residual)
+
+    def pack(self, model: native.Model, weights: Weights) -> None:
+        """See :class:`~neuron.layers.layer.PackedLayer`."""
+        model.add_mlp(
+            norm=weights["norm"],
+            eps=self.norm.eps,
+            gate_up=weights["gate_up"][0],
+            down=weights["down"][0],
+            width=self.width,
+            gelu=self.activation != "silu",
+            out_norm=weights.get("out_norm"),
+        )

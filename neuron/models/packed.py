@@ -1,26 +1,26 @@
-"""Formats of a model for the CPU kernels: the format of every matrix, and the sizes.
+"""Model for the CPU kernels: the format of every matrix, and the step in C, to which each layer adds itself.
 
-Pure decisions on sizes: the daemon's preflight and the worker's load call the same functions. GGUF's 4-bit and 8-bit
-kinds keep their codes; floats become bfloat16, and everything float32 where requested.
+The daemon's preflight and the worker's load build the same step; the preflight's has matrices without data, and its
+sizes alone. GGUF's 4-bit and 8-bit kinds keep their codes; floats become bfloat16, and everything float32 where
+requested.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from neuron.cpu_kernels import native
 from neuron.formats.scheme import Scheme
-from neuron.layers.attention import Attention
-from neuron.layers.cache import Cache, PagedKV
-from neuron.layers.mlp import GatedMlp
-from neuron.layers.parameters import Constant, Matrix, Vector
-from neuron.layers.rope import Rope
+from neuron.layers.cache import Cache, PagedKV, SequenceState
+from neuron.layers.layer import PackedLayer, Weights
+from neuron.layers.parameters import Constant, Matrix, Parameter, Vector
 from neuron.models.gguf import TensorKind
 from neuron.models.model import ModelConfig, StoredKind
 
 LANES: Final = 16
-MAX_HEAD_DIM: Final = 1024
 INT8: Final = "int8"
 """Dtype of keys and values: each vector is rounded by its largest element."""
 
@@ -39,19 +39,18 @@ class Format(IntEnum):
 FLOATS: Final = (TensorKind.F32, TensorKind.F16, TensorKind.BF16, TensorKind.F64)
 
 
-Kind = tuple[Rope, int]
-"""Rotary embedding and window of a layer of attention."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
-class Sizes:
-    """Layers that all blocks of a model have in common, as the C executor runs them."""
+class PackedWeights:
+    """Packed parameters of a model, of the embedding, each layer and the head.
 
-    attention: Attention
-    """Attention of every block, but for the rotary embedding and the window."""
-    mlp: GatedMlp
-    kinds: tuple[Kind, ...]
-    """Kinds of attention: at most two, of which one at most has a window."""
+    Those of a layer by name: float32 of whole registers, or the tuple of a matrix's native matrices.
+    """
+
+    embedding: Weights
+    layers: tuple[Weights, ...]
+    head: Weights
+    region: np.ndarray[Any, np.dtype[np.uint8]]
+    """Memory that all of them lie in."""
 
 
 def checked_level(wanted: str) -> str:
@@ -63,36 +62,16 @@ def checked_level(wanted: str) -> str:
 
 
 def obstacle(config: ModelConfig) -> str | None:
-    """Return the reason for which the kernels cannot run a model, ``None`` if they can."""
-    for block in config.blocks:
-        if tuple(map(type, block)) != (Attention, GatedMlp):
-            return f"{config.family} has layers ({_names(block)}) that only the eager path computes"
-    attentions, mlps = zip(*config.blocks, strict=True)
-    kinds = {kind_of(layer) for layer in attentions}
-    alike = {dataclasses.replace(layer, rope=attentions[0].rope, window_tokens=0) for layer in attentions}
-    if len(alike) > 1 or len(set(mlps)) > 1 or len(kinds) > 2 or sum(window > 0 for _, window in kinds) > 1:
-        return f"{config.family} has blocks that differ in more than a window and its rotary embedding"
-    if attentions[0].head_dim > MAX_HEAD_DIM:
-        return f"heads of {attentions[0].head_dim} dimensions; at most {MAX_HEAD_DIM} are supported"
+    """Return the reason for which the kernels cannot run a model, ``None`` if they can; without its draft head."""
+    config = config.without_draft_head()
+    names = {type(layer).__name__: None for layer in config.layers if not isinstance(layer, PackedLayer)}
+    if names:
+        return f"{config.family} has layers ({', '.join(names)}) that only the eager path computes"
+    try:
+        make_model(config, shapes(config, "bfloat16"), rows=1, sequences=1, sampled=1, threads=1)
+    except native.UnsupportedError as error:
+        return f"{config.family} is not for the kernels: {error}"
     return None
-
-
-def kind_of(layer: Attention) -> Kind:
-    """Return the kind of a layer."""
-    return layer.rope, layer.window_tokens
-
-
-def _names(block: tuple[object, ...]) -> str:
-    return ", ".join(type(layer).__name__ for layer in block)
-
-
-def sizes(config: ModelConfig) -> Sizes:
-    """Return the layers of a model without :func:`obstacle`."""
-    attention, mlp = config.blocks[0]
-    assert isinstance(attention, Attention)
-    assert isinstance(mlp, GatedMlp)
-    kinds = dict.fromkeys(kind_of(layer) for layer in config.layers if isinstance(layer, Attention))
-    return Sizes(attention, mlp, tuple(kinds))
 
 
 def padded(count: int) -> int:
@@ -109,8 +88,10 @@ def formats(matrix: Matrix, kinds: Mapping[str, StoredKind], dtype: str) -> tupl
     """Return the format of each tensor of a matrix; ``kinds`` are how a file stores them, by safetensors name.
 
     They multiply the same activations, so all are integer or all float; gate and up alternate within one matrix, so
-    they have one format.
+    they have one format. Matrices that may not be quantised are small, and float32.
     """
+    if not matrix.quantised:
+        return (Format.W32,) * len(matrix.tensors)
 
     def format_of(name: str) -> Format:
         if dtype == "float32":
@@ -148,24 +129,87 @@ def weights_bytes(config: ModelConfig, dtype: str) -> int:
 
 def page_bytes(cache: Cache, kv_dtype: str) -> int:
     """Return the bytes of a layer's page."""
+    if isinstance(cache, SequenceState):
+        return 0
     assert isinstance(cache, PagedKV), "layers with another cache have no kernels"
     return 2 * cache.num_kv_heads * native.kv_page_bytes(kv_dtype, cache.head_dim)
 
 
-def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, threads: int) -> int:
-    """Return a bound on the arena of a step of ``rows`` tokens."""
-    shared = sizes(config)
-    attention, mlp = shared.attention, shared.mlp
-    return native.arena_bytes(
+def shapes(config: ModelConfig, dtype: str) -> PackedWeights:
+    """Return the parameters of a model without the data of their matrices."""
+    constants: dict[Constant, Any] = {}
+
+    def shape(parameter: Parameter) -> Any:
+        match parameter:
+            case Vector():
+                return np.zeros(padded(parameter.num_elements), np.float32)
+            case Matrix():
+                each = formats(parameter, config.tensor_kinds, dtype)
+                rows, columns = parameter.tensors[0].shape
+                if parameter.gated:
+                    return (native.Matrix(None, each[0], 2 * padded(rows), columns),)
+                return tuple(
+                    native.Matrix(None, format, tensor.shape[0], tensor.shape[1])
+                    for tensor, format in zip(parameter.tensors, each, strict=True)
+                )
+            case Constant():
+                if parameter not in constants:
+                    constants[parameter] = whole_registers(parameter.values)
+                return constants[parameter]
+
+    each = [{name: shape(parameter) for name, parameter in own.items()} for own in config.parameters()]
+    return by_layer(each, np.empty(0, np.uint8))
+
+
+def by_layer(loaded: Sequence[Weights], region: np.ndarray[Any, np.dtype[np.uint8]]) -> PackedWeights:
+    """Return packed parameters, given in the order of :meth:`~neuron.models.model.ModelConfig.parameters`."""
+    embedding, *layers, head = loaded
+    return PackedWeights(embedding, tuple(layers), {"matrix": embedding["table"], **head}, region)
+
+
+def whole_registers(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return ``values`` in float32, padded with zeros to whole registers."""
+    found = np.zeros(padded(len(values)), np.float32)
+    found[: len(values)] = values
+    return found
+
+
+def make_model(
+    config: ModelConfig,
+    weights: PackedWeights,
+    pool: native.Pool | None = None,
+    level: str = "",
+    *,
+    rows: int,
+    sequences: int,
+    sampled: int,
+    kv_dtype: str = "bfloat16",
+    embedding_scale: float = 1.0,
+    windows: tuple[int, ...] = (),
+    threads: int = 0,
+) -> native.Model:
+    """Return the step in C of a model, without a cache, for at most so many rows, sequences and sampled rows.
+
+    Without a ``pool`` it has sizes alone, for so many ``threads``; ``windows`` are those of further page tables. Raises
+    :class:`~neuron.cpu_kernels.native.UnsupportedError`.
+    """
+    model = native.Model(
+        pool,
+        level or native.levels()[0],
         hidden=config.hidden_size,
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
-        intermediate=mlp.width,
+        vocab=config.vocab_size,
+        eps=config.head.norm.eps,
+        kv_dtype=kv_dtype,
         max_rows=rows,
         max_sequences=sequences,
         max_sampled=sampled,
+        embedding_scale=embedding_scale,
+        logit_cap=config.head.logit_cap,
+        windows=windows,
         threads=threads,
-        has_out_norms=mlp.out_norm,
-        num_kinds=len(shared.kinds),
     )
+    for layer, own in zip(config.layers, weights.layers, strict=True):
+        assert isinstance(layer, PackedLayer)
+        layer.pack(model, own)
+    model.set_ends(weights.embedding["table"][0], weights.head["matrix"][0], weights.head["norm"])
+    return model

@@ -3,7 +3,6 @@
 Kinds that can be packed from their own blocks are not dequantised; others pass through float32 one matrix at a time.
 """
 
-import dataclasses
 import itertools
 import mmap
 from collections.abc import Generator
@@ -14,29 +13,17 @@ import torch
 
 from neuron.cpu_kernels import native
 from neuron.formats.scheme import Scheme
-from neuron.layers.attention import Attention
+from neuron.layers.layer import Weights
 from neuron.layers.parameters import Constant, Matrix, Parameters, Tensor, Vector
 from neuron.models import packed
 from neuron.models.gguf import TensorKind
 from neuron.models.model import ModelConfig
-from neuron.models.packed import Format
+from neuron.models.packed import Format, PackedWeights
 from neuron.models.weights import PackedBytes, WeightSource
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-PackedParameters = dict[str, Any]
-"""Packed parameters of a layer by name: float32 of whole registers, or the tuple of a matrix's native matrices."""
 
 HUGE_PAGE_BYTES: Final = 2 << 20
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PackedWeights:
-    """Packed weights of a model, in one region of memory."""
-
-    region: PackedBytes
-    embedding: PackedParameters
-    blocks: tuple[tuple[PackedParameters, ...], ...]
-    head: PackedParameters
 
 
 def huge_pages(num_bytes: int) -> PackedBytes:
@@ -68,7 +55,7 @@ class _Packer:
         self._used = 0
         self._constants: dict[Constant, Floats] = {}
 
-    def pack(self, parameters: Parameters) -> PackedParameters:
+    def pack(self, parameters: Parameters) -> Weights:
         """Return the packed parameters of a layer."""
         return {name: self._packed(parameter) for name, parameter in parameters.items()}
 
@@ -154,86 +141,16 @@ class _Packer:
 
 
 def load_packed(source: WeightSource, dtype: str, pool: native.Pool) -> Generator[float, None, PackedWeights]:
-    """Read a checkpoint; yield the share done before each layer, return the weights."""
+    """Read a checkpoint into one region; yield the share done before each layer, return the weights."""
     config = source.config
     packer = _Packer(source, dtype, pool)
     loaded = []
     for number, parameters in enumerate(config.parameters()):
         yield (number + 1) / (len(config.layers) + 3)
         loaded.append(packer.pack(parameters))
-    embedding, *layers, head = loaded
-    rest = iter(layers)
-    blocks = tuple(tuple(next(rest) for _ in block) for block in config.blocks)
-    return PackedWeights(packer.region, embedding, blocks, {"matrix": embedding["table"], **head})
+    return packed.by_layer(loaded, packer.region)
 
 
 def embedding_scale(config: ModelConfig, dtype: str) -> float:
     """Return the factor of embeddings: rounded to the dtype, as these models were trained."""
     return float(torch.tensor(config.embedding.scale, dtype=getattr(torch, dtype)))
-
-
-def make_model(
-    config: ModelConfig,
-    weights: PackedWeights,
-    pool: native.Pool,
-    level: str,
-    *,
-    dtype: str,
-    kv_dtype: str,
-    rows: int,
-    sequences: int,
-    sampled: int,
-    has_window_table: bool = False,
-) -> native.Model:
-    """Return the executor's model of ``weights``, without a cache, for steps of at most so many rows and sequences."""
-    sizes = packed.sizes(config)
-    attention, mlp = sizes.attention, sizes.mlp
-    model = native.Model(
-        pool,
-        level,
-        num_layers=len(config.blocks),
-        hidden=config.hidden_size,
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
-        intermediate=mlp.width,
-        vocab=config.vocab_size,
-        eps=attention.norm.eps,
-        kv_dtype=kv_dtype,
-        max_rows=rows,
-        max_sequences=sequences,
-        max_sampled=sampled,
-        embedding_scale=embedding_scale(config, dtype),
-        attention_scale=attention.scale,
-        gelu=mlp.activation != "silu",
-        windows=tuple(window for _, window in sizes.kinds),
-        logit_cap=config.head.logit_cap,
-        has_window_table=has_window_table,
-        query_growth=attention.query_growth.factor,
-        query_tokens=attention.query_growth.context_tokens,
-    )
-    ropes: dict[packed.Kind, Floats] = {}
-    for number, ((layer, _), (own, its_mlp)) in enumerate(zip(config.blocks, weights.blocks, strict=True)):
-        assert isinstance(layer, Attention)
-        kind = packed.kind_of(layer)
-        ropes[kind] = own["rope"][: attention.head_dim]
-        query, key, value = own["qkv"]
-        qk_norm = own.get("qk_norm")
-        model.set_layer(
-            number,
-            input_norm=own["norm"],
-            post_norm=its_mlp["norm"],
-            qk_norm=None if qk_norm is None else qk_norm[: (layer.num_heads + layer.num_kv_heads) * layer.head_dim],
-            query=query,
-            key=key,
-            value=value,
-            output=own["output"][0],
-            gate_up=its_mlp["gate_up"][0],
-            down=its_mlp["down"][0],
-            attention_out_norm=own.get("out_norm"),
-            mlp_out_norm=its_mlp.get("out_norm"),
-            kind=sizes.kinds.index(kind),
-        )
-    each = tuple(ropes[kind] for kind in sizes.kinds)
-    model.set_ends(weights.embedding["table"][0], weights.head["matrix"][0], weights.head["norm"], each)
-    return model

@@ -193,12 +193,21 @@ def _costs(
     sampled_rows = max(max_sequences, MIN_SAMPLED_ROWS)
     if native:
         rows = max(step_tokens, sampled_rows + PAGE_TOKENS)
-        fixed_bytes = packed.arena_bytes(config, rows, max_sequences, sampled_rows, os.cpu_count() or 1)
-        fixed_bytes += sampled_rows * config.vocab_size * SAMPLER_BYTES
-        fixed_bytes += 4 * (os.cpu_count() or 1) * packed.padded(config.vocab_size)  # to draw in
+        threads = os.cpu_count() or 1
+        model = packed.make_model(
+            config,
+            packed.shapes(config, dtype),
+            rows=rows,
+            sequences=max_sequences,
+            sampled=sampled_rows,
+            threads=threads,
+        )
+        fixed_bytes = model.arena_bytes + sampled_rows * config.vocab_size * SAMPLER_BYTES
+        fixed_bytes += 4 * threads * packed.padded(config.vocab_size)  # to draw in
         kv_dtype = dtype if spec.kv_dtype == "auto" else spec.kv_dtype
         page_bytes = _page_bytes(config, lambda cache: packed.page_bytes(cache, kv_dtype))
-        return _Costs(dtype, quant, True, kv_dtype, packed.weights_bytes(config, dtype), fixed_bytes, page_bytes, 0)
+        weights_bytes = packed.weights_bytes(config, dtype)
+        return _Costs(dtype, quant, True, kv_dtype, weights_bytes, fixed_bytes, page_bytes, 0, model.state_bytes)
     fixed_bytes = workspace_bytes(config, dtype, step_tokens, sampled_rows, shard)
     if config.draft_head is not None:
         kept = hidden_places(max_sequences, step_tokens + sampled_rows)

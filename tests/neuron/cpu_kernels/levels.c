@@ -136,6 +136,59 @@ static void check_draw(const struct kernels *level, const struct kernels *plain)
     compare(level->name, "draw", tokens[0], tokens[1], DRAWS);
 }
 
+/* A prompt of two chunks and a token, behind its convolution. */
+static void check_delta(const struct kernels *level, const struct kernels *plain, int is_tiled) {
+    enum { KEYS = 2, VALUES = 6, KEY_DIM = 24, VALUE_DIM = 20, ROW_COUNT = 2 * CHUNK_TOKENS + 1 };
+    enum { KEY = 48, VALUE = 96, Z = 224, STRENGTH = 352, DECAY = 368, STRIDE = 384, OUT = VALUES * VALUE_DIM, SLOT = 4 };
+    struct delta_heads heads = {KEYS, VALUES, KEY_DIM, VALUE_DIM, is_tiled};
+    size_t state_bytes = delta_state_floats(&heads) * 4;
+    float *given = zeros(ROW_COUNT * STRIDE * 4), *scratch = zeros(delta_scratch_floats(&heads) * 4);
+    float *x[2], *states[2], *out[2], *inputs[2], decay[VALUES], bias[VALUES], norm[32] = {0};
+    float *weights = zeros(Z * SLOT * 4);
+    struct matrix weight = {(const uint8_t *)weights, NULL, Z, SLOT, W32};
+    int32_t cu_seqlens[] = {0, ROW_COUNT}, slots[] = {1};
+    struct sequences sequences = {.count = 1, .cu_seqlens = cu_seqlens, .slots = slots};
+    float gates[1];
+    for (int i = 0; i < ROW_COUNT * STRIDE; i++) given[i] = uniform();
+    for (int i = 0; i < Z * SLOT; i++) weights[i] = uniform();
+    for (int i = 0; i < VALUE_DIM; i++) norm[i] = uniform();
+    for (int i = 0; i < VALUES; i++) {
+        decay[i] = -fabsf(uniform()) / 16;
+        bias[i] = uniform();
+    }
+    for (int which = 0; which < 2; which++) {
+        const struct kernels *kernels = which == 0 ? level : plain;
+        x[which] = zeros(ROW_COUNT * STRIDE * 4);
+        states[which] = zeros(state_bytes);
+        out[which] = zeros(ROW_COUNT * OUT * 4);
+        inputs[which] = zeros(2 * Z * (SLOT - 1) * 4);
+        memcpy(x[which], given, ROW_COUNT * STRIDE * 4);
+        for (int i = 0; i < Z * (SLOT - 1); i++) inputs[which][Z * (SLOT - 1) + i] = given[i];
+        struct convolution convolution = {.weight = &weight, .x = x[which], .x_stride = STRIDE,
+            .sequences = sequences, .inputs = (uint8_t *)inputs[which], .slot_bytes = Z * (SLOT - 1) * 4};
+        kernels->convolve(&convolution, 0, Z / 16);
+        struct delta delta = {.sequences = sequences, .heads = heads, .x = x[which], .x_stride = STRIDE, .key_column = KEY, .value_column = VALUE,
+            .z_column = Z, .strength_column = STRENGTH, .decay_column = DECAY, .decay = decay, .bias = bias,
+            .head_norm = norm, .eps = 1e-5f, .states = (uint8_t *)states[which] - state_bytes, .slot_bytes = state_bytes,
+            .gates = (uint8_t *)gates, .out = out[which], .out_stride = OUT};
+        for (int head = 0; head < KEYS; head++) kernels->delta(&delta, 0, head, scratch);
+    }
+    char what[64];
+    snprintf(what, sizeof what, "delta, tiled %d: ", is_tiled);
+    compare(level->name, strcat(what, "outputs"), out[0], out[1], ROW_COUNT * OUT);
+    compare(level->name, "delta, state", states[0], states[1], (int)(state_bytes / 4));
+    compare(level->name, "convolution, inputs", inputs[0], inputs[1], 2 * Z * (SLOT - 1));
+    for (int i = 0; i < 2; i++) {
+        free(x[i]);
+        free(states[i]);
+        free(out[i]);
+        free(inputs[i]);
+    }
+    free(given);
+    free(scratch);
+    free(weights);
+}
+
 int main(void) {
     const struct kernels *plain = find_kernels("portable"), *level;
     for (int i = 0; (level = kernels_at(i)) != NULL; i++) {
@@ -146,6 +199,7 @@ int main(void) {
         plain->rms_norm(x, weight, 1e-5f, COLUMNS, COLUMNS, normed[1]);
         compare(level->name, "rms_norm", normed[0], normed[1], COLUMNS);
         check_draw(level, plain);
+        for (int is_tiled = 0; is_tiled < 2; is_tiled++) check_delta(level, plain, is_tiled);
         for (int form = KV_BFLOAT16; form <= KV_INT8; form++)
             for (int window = 0; window < 80; window += 40) check_attention(level, plain, (enum kv_form)form, window);
     }

@@ -22,7 +22,7 @@ def test_neon_results_equal_portable_c(tmp_path: pathlib.Path) -> None:
     assert EMULATOR is not None
     objects = []
     for level, flags in LEVELS.items():
-        for name in ("activation", "attention", "draw", "matmul", "table"):
+        for name in ("activation", "attention", "delta", "draw", "matmul", "table"):
             objects.append(str(tmp_path / f"{level}_{name}.o"))
             source = [f"-DNEURON_LEVEL={level}", "-c", str(KERNELS / f"{name}.c"), "-o", objects[-1]]
             subprocess.run([COMPILER, *FLAGS, *flags, *source], check=True)
@@ -31,7 +31,7 @@ def test_neon_results_equal_portable_c(tmp_path: pathlib.Path) -> None:
     subprocess.run([COMPILER, *FLAGS, "-static", *sources, *objects, "-lm", "-o", program], check=True)
     run = subprocess.run([EMULATOR, "-cpu", "max", program], stdout=subprocess.PIPE, text=True, check=False)
     assert run.returncode == 0, run.stdout
-    assert run.stdout.count("neon_dotprod") == 26
+    assert run.stdout.count("neon_dotprod") == 32
     # A processor without the dot products is not sent there.
     old = subprocess.run([EMULATOR, "-cpu", "cortex-a53", program], stdout=subprocess.PIPE, text=True, check=True)
     assert "neon_dotprod" not in old.stdout

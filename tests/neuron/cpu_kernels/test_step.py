@@ -3,6 +3,8 @@
 Over 450 lines: all tests share one random model and its plans.
 """
 
+import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -12,72 +14,117 @@ import numpy as np
 import pytest
 
 from neuron.cpu_kernels import native
-from neuron.models.packed import Format, padded
+from neuron.models.packed import Format, whole_registers
 from neuron.models.packed_weights import huge_pages
 
-SIZES = {"num_layers": 2, "hidden": 40, "num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "intermediate": 37,
-         "vocab": 77, "eps": 1e-5}  # fmt: skip
+HIDDEN, HEADS, KV_HEADS, DIM, WIDTH, VOCAB = 40, 6, 2, 10, 37, 77
+KEY_HEADS, KEY_DIM, VALUE_DIM = 2, 12, 20
 MAX_ROWS, MAX_SEQUENCES, MAX_SAMPLED, NUM_PAGES = 200, 5, 8, 80
 NONE = np.empty(0, np.int32)
-PLAIN: dict[str, Any] = {}
-WINDOW = 21
-GEMMA: dict[str, Any] = {"windows": (0, WINDOW), "gelu": True, "embedding_scale": 3.0, "attention_scale": 0.2}
-# Long enough for the context of one sequence to be cut into parts, within the window too.
+WINDOW, MAX_DRAFTS = 21, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Differences of a model: of its attention, its norms, the kinds of its layers."""
+
+    window: int = 0
+    """Window of its first attention."""
+    tables: tuple[int, ...] = ()
+    is_gemma: bool = False
+    is_hybrid: bool = False
+    is_tiled: bool = False
+
+
+# Windows so long that the context of one sequence is cut into parts, within the window too.
 FORMS = {
-    "plain": PLAIN,
-    "gemma": {**GEMMA, "has_window_table": True},
-    "gemma-wide-window": {**GEMMA, "windows": (0, 150)},
+    "plain": Form(),
+    "gemma": Form(WINDOW, (WINDOW,), is_gemma=True),
+    "gemma-wide-window": Form(150, is_gemma=True),
+    "hybrid": Form(is_hybrid=True),
+    "hybrid-tiled": Form(is_hybrid=True, is_tiled=True),
 }
 
 
-def make_model(
-    threads: int,
-    level: str,
-    kv_dtype: str = "float32",
-    seed: int = 0,
-    form: dict[str, Any] = PLAIN,
-    poisoned: int | None = None,
-) -> native.Model:
-    """Return a random model; with a ``GEMMA`` form, norms behind its blocks and a window in its first layer.
+class Rig:
+    """Random model with its states, of which a step continues those of ``slots``."""
 
-    The embedding of the token ``poisoned`` is no number.
-    """
-    random = np.random.default_rng(seed)
-    pool = native.Pool(threads)
+    def __init__(
+        self,
+        threads: int,
+        level: str,
+        kv_dtype: str = "float32",
+        form: Form = FORMS["plain"],
+        poisoned: int | None = None,
+    ) -> None:
+        """The embedding of the token ``poisoned`` is no number."""
+        self.random, self.form, self.pool = np.random.default_rng(0), form, native.Pool(threads)
+        self.model = native.Model(
+            self.pool, level, hidden=HIDDEN, vocab=VOCAB, eps=1e-5, kv_dtype=kv_dtype, max_rows=MAX_ROWS,
+            max_sequences=MAX_SEQUENCES, max_sampled=MAX_SAMPLED, windows=form.tables,
+            embedding_scale=3.0 if form.is_gemma else 1.0,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="layers are missing"):
+            self.model.attach((huge_pages(1 << 16),), None, huge_pages(1 << 24))
+        self.model.set_ends(self.matrix(VOCAB, HIDDEN, poisoned), self.matrix(VOCAB, HIDDEN), self.vector(HIDDEN))
+        self.add_blocks()
+        self.states = huge_pages(12 * max(1, self.model.state_bytes)).reshape(12, -1)
+        states = self.states.reshape(-1) if form.is_hybrid else None
+        caches = tuple(huge_pages(NUM_PAGES * page_bytes) for page_bytes in self.model.page_bytes)
+        self.model.attach(caches, states, huge_pages(self.model.arena_bytes))
+        self.slots = NONE
 
-    def matrix(rows: int, columns: int, poisoned: int | None = None) -> native.Matrix:
-        values = (random.standard_normal((rows, columns)) * 0.3).astype(np.float32)
+    def matrix(self, rows: int, columns: int, poisoned: int | None = None, scale: float = 0.3) -> native.Matrix:
+        values = (self.random.standard_normal((rows, columns)) * scale).astype(np.float32)
         if poisoned is not None:
             values[poisoned] = np.nan
         packed = np.zeros(native.packed_bytes(Format.W32, rows, columns), np.uint8)
-        native.pack(pool, values.view(np.uint8).reshape(-1), 0, rows, columns, packed, Format.W32)
+        native.pack(self.pool, values.view(np.uint8).reshape(-1), 0, rows, columns, packed, Format.W32)
         return native.Matrix(packed, Format.W32, rows, columns)
 
-    def vector(length: int) -> np.ndarray[Any, Any]:
-        return np.concatenate((random.random(length), np.zeros(padded(length) - length))).astype(np.float32)
+    def vector(self, length: int) -> np.ndarray[Any, Any]:
+        return whole_registers(self.random.random(length).tolist())
 
-    model = native.Model(
-        pool, level, **SIZES, **form, kv_dtype=kv_dtype, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES,
-        max_sampled=MAX_SAMPLED,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="weights are missing"):
-        model.attach((huge_pages(1 << 16),), huge_pages(1 << 24))
-    ropes = [
-        np.concatenate((angles, np.ones(5))).astype(np.float32)
-        for angles in (0.7 ** np.arange(5), 0.49 ** np.arange(5))
-    ]
-    model.set_ends(matrix(77, 40, poisoned), matrix(77, 40), vector(40), tuple(ropes[: 2 if form else 1]))
-    for number in range(2):
-        model.set_layer(
-            number, input_norm=vector(40), post_norm=vector(40), qk_norm=random.random(80).astype(np.float32),
-            query=matrix(60, 40), key=matrix(20, 40), value=matrix(20, 40), output=matrix(40, 60),
-            gate_up=matrix(96, 40), down=matrix(40, 37),
-            attention_out_norm=vector(40) if form else None, mlp_out_norm=vector(40) if form else None,
-            kind=int(bool(form) and number == 0),
+    def ends(self) -> dict[str, Any]:
+        """Return the norms of a layer."""
+        out_norm = self.vector(HIDDEN) if self.form.is_gemma else None
+        return {"norm": self.vector(HIDDEN), "out_norm": out_norm, "eps": 1e-5}
+
+    def add_blocks(self) -> None:
+        for base, window in ((0.49, self.form.window), (0.7, 0)):
+            if self.form.is_hybrid:
+                self.add_delta()
+                self.add_mlp()
+            self.add_attention(base, window)
+            self.add_mlp()
+
+    def add_attention(self, base: float, window: int) -> None:
+        queries, keys = HEADS * DIM, KV_HEADS * DIM
+        is_gated = self.form.is_hybrid
+        self.model.add_attention(
+            **self.ends(), num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, window_tokens=window, gated=is_gated,
+            scale=0.2 if self.form.is_gemma else DIM**-0.5, qk_norm=self.vector((HEADS + KV_HEADS) * DIM),
+            qkv=tuple(self.matrix(rows, HIDDEN) for rows in (queries * (1 + is_gated), keys, keys)),
+            output=self.matrix(HIDDEN, queries), rope=whole_registers([*(base ** np.arange(5)), *[1.0] * 5]),
         )  # fmt: skip
-    caches = tuple(huge_pages(NUM_PAGES * page_bytes) for page_bytes in model.page_bytes)
-    model.attach(caches, huge_pages(model.arena_bytes))
-    return model
+
+    def add_mlp(self) -> None:
+        gate_up, down = self.matrix(96, HIDDEN), self.matrix(HIDDEN, WIDTH)
+        self.model.add_mlp(**self.ends(), gate_up=gate_up, down=down, width=WIDTH, gelu=self.form.is_gemma)
+
+    def add_delta(self) -> None:
+        rows = KEY_HEADS * KEY_DIM, KEY_HEADS * KEY_DIM, HEADS * VALUE_DIM
+        self.model.add_gated_delta(
+            **self.ends(), num_key_heads=KEY_HEADS, num_value_heads=HEADS, key_dim=KEY_DIM, value_dim=VALUE_DIM,
+            width=4, max_drafts=MAX_DRAFTS, tiled=self.form.is_tiled,
+            qkv=tuple(self.matrix(each, HIDDEN) for each in rows),
+            z=(self.matrix(rows[2], HIDDEN),), gates=(self.matrix(HEADS, HIDDEN), self.matrix(HEADS, HIDDEN)),
+            convolution=tuple(self.matrix(each, 4, scale=0.5) for each in rows), decay=-self.vector(HEADS) / 50,
+            bias=self.vector(HEADS), head_norm=self.vector(VALUE_DIM), output=self.matrix(HIDDEN, rows[2]),
+        )  # fmt: skip
+
+    def run(self, *arrays: Any, **how: Any) -> int:
+        return self.model.run(*arrays, **how, state_slots=self.slots if self.form.is_hybrid else None)
 
 
 class Driver:
@@ -86,14 +133,15 @@ class Driver:
     A windowed table has other pages, and none behind the window.
     """
 
-    def __init__(self, model: native.Model) -> None:
-        self.model = model
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
         self.tables = np.random.default_rng(4).permutation(np.arange(1, NUM_PAGES, dtype=np.int32))[:75].reshape(5, 15)
         self.starts = [0] * 5
 
     def plan(self, chunks: dict[int, list[int]]) -> list[np.ndarray[Any, Any]]:
         tokens, positions, ends, contexts = [], [], [0], []
-        page_tables = np.stack([self.tables, NUM_PAGES - self.tables])[: len(self.model.page_bytes)]
+        self.rig.slots = np.array([11 - 2 * number for number in chunks], np.int32)
+        page_tables = np.stack([self.tables, NUM_PAGES - self.tables])[: len(self.rig.model.page_bytes)]
         slots: list[list[int]] = [[] for _ in page_tables]
         for number, chunk in chunks.items():
             if len(page_tables) > 1:
@@ -122,22 +170,24 @@ class Driver:
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return ids and logits of ``rows``; the ids are from the step run again, which writes the same."""
         arrays = self.plan(chunks)
+        states = self.rig.states.copy()
         sampled, wanted = np.array(rows, np.int32), np.array(hidden_rows or [], np.int32)
         self.hidden = np.full((len(wanted), 40), np.nan, np.float32) if len(wanted) else None
         logits, ids = np.zeros((len(rows), 80), np.float32), np.full(len(rows), -7, np.int32)
         finite = np.full(len(chunks), -7, np.int32)
-        self.model.run(*arrays, sampled, wanted, logits, ids, finite, self.hidden)
+        self.rig.run(*arrays, sampled, wanted, logits, ids, finite, self.hidden)
         assert (ids == -7).all()
         assert (finite == 1).all()
-        self.model.run(*arrays, sampled, NONE, None, ids, finite, None)
+        self.rig.states[:] = states
+        self.rig.run(*arrays, sampled, NONE, None, ids, finite, None)
         np.testing.assert_array_equal(ids, logits[:, :77].argmax(-1))
         return ids, logits[:, :77]
 
 
-def conversation(model: native.Model, chunk: int) -> list[np.ndarray[Any, Any]]:
+def conversation(rig: Rig, chunk: int) -> list[np.ndarray[Any, Any]]:
     """Five sequences of up to 190 tokens, prompts in chunks, then decoding together with a prompt."""
     random = np.random.default_rng(9)
-    driver = Driver(model)
+    driver = Driver(rig)
     prompts = [random.integers(0, 77, size).tolist() for size in (190, 33, 1, 16, 70)]
     last = {}
     for number, prompt in enumerate(prompts[:4]):
@@ -156,9 +206,9 @@ def conversation(model: native.Model, chunk: int) -> list[np.ndarray[Any, Any]]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("level", native.levels())
 def test_threads_and_chunks_change_nothing(level: str, form: str, kv_dtype: str, tolerance: float) -> None:
-    plain = conversation(make_model(1, "portable", form=FORMS[form]), 200)
+    plain = conversation(Rig(1, "portable", form=FORMS[form]), 200)
     for threads, chunk in ((1, 200), (2, 7), (5, 31), (3, 5)):
-        found = conversation(make_model(threads, level, kv_dtype, form=FORMS[form]), chunk)
+        found = conversation(Rig(threads, level, kv_dtype, FORMS[form]), chunk)
         for row, expected in zip(found, plain, strict=True):
             assert np.abs(row - expected).max() < tolerance * np.abs(expected).max()
 
@@ -170,8 +220,8 @@ PAGES = 150
 class LongDriver(Driver):
     """Three sequences of up to 2,400 tokens."""
 
-    def __init__(self, model: native.Model) -> None:
-        self.model = model
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
         pages = np.random.default_rng(4).permutation(np.arange(1, 3 * PAGES + 1, dtype=np.int32))
         self.tables = pages.reshape(3, PAGES)
         self.starts = [0] * 3
@@ -204,7 +254,7 @@ def test_cuts_threads_and_company_change_no_bit(level: str, form: str, kv_dtype:
     def logits(threads: int, largest: int, company: int) -> dict[int, bytes]:
         """Run the sequence in random pieces of up to ``largest``; return the results of its rows at ``places``."""
         cut = np.random.default_rng(threads * 1000 + largest)
-        driver = LongDriver(make_model(threads, level, kv_dtype, form=FORMS[form]))
+        driver = LongDriver(Rig(threads, level, kv_dtype, FORMS[form]))
         found, start = {}, 0
         while start < len(tokens):
             piece = int(cut.integers(1, largest + 1)) if largest > 1 else 1
@@ -227,6 +277,165 @@ def test_cuts_threads_and_company_change_no_bit(level: str, form: str, kv_dtype:
         assert [place for place in places if found[place] != plain[place]] == [], (threads, largest, company)
 
 
+@pytest.mark.parametrize("level", native.levels())
+def test_states_agree_to_the_bit_however_a_prompt_is_cut_at_whole_chunks(level: str) -> None:
+    """Threads and the other sequences of a step change nothing either; a chunk of one token is a decode."""
+    random = np.random.default_rng(12)
+    tokens = random.integers(0, VOCAB, 200).tolist()
+
+    def outcome(threads: int, cuts: tuple[int, ...], company: tuple[int, ...]) -> list[bytes]:
+        driver = Driver(Rig(threads, level, form=FORMS["hybrid-tiled"]))
+        rows = []
+        for start, end in itertools.pairwise((0, *cuts)):
+            others = {number: random.integers(0, VOCAB, 3).tolist() for number in company}
+            row = list({1: 0, **others}).index(1)
+            rows.append(driver.step({1: tokens[start:end], **others})[1][row].tobytes())
+        return [rows[-1], rows[-2], driver.rig.states[9].tobytes()]
+
+    expected = outcome(1, (128, 193), ())
+    assert outcome(1, (128, 192, 193), ())[0::2] == expected[0::2]
+    assert outcome(3, (64, 128, 193), (0, 4)) == expected
+    assert outcome(5, (128, 193), (2,)) == expected
+
+
+def test_states_do_not_mix() -> None:
+    """Each sequence has the logits that it has alone, in slots that others used before."""
+    level, random = native.levels()[0], np.random.default_rng(13)
+    prompts = {number: random.integers(0, VOCAB, size).tolist() for number, size in enumerate((1, 64, 2, 70, 30))}
+    alone = {}
+    for number, prompt in prompts.items():
+        driver = Driver(Rig(1, level, form=FORMS["hybrid"]))
+        alone[number] = [driver.step({number: tokens})[1][0] for tokens in (prompt, [5], [6])]
+    together = Driver(Rig(3, level, form=FORMS["hybrid"]))
+    for index, chunks in enumerate((prompts, *({number: [token] for number in prompts} for token in (5, 6)))):
+        for number, row in enumerate(together.step(chunks)[1]):
+            np.testing.assert_allclose(row, alone[number][index], rtol=1e-4, atol=1e-4)
+    assert (together.rig.states[[0, 1, 2, 4, 6, 8, 10]] == 0).all()
+
+
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("form", ["hybrid", "hybrid-tiled"])
+def test_accepted_drafts_leave_the_state_of_decodes_to_the_bit(level: str, form: str) -> None:
+    """Of two sequences with drafts, beside a decode and a prompt; some of the drafts are accepted, and some are not."""
+    tokens = np.random.default_rng(14).integers(0, VOCAB, (4, 60)).tolist()
+    replays, finite = np.array([0, 3, 1, 0], np.int32), np.zeros(4, np.int32)
+
+    def run(driver: Driver, ends: dict[int, int], **how: Any) -> np.ndarray[Any, Any]:
+        """Run up to ``ends``; return the logits of the last rows, four at most, of sequences 1 and 2."""
+        chunks = {number: tokens[number][driver.starts[number] : end] for number, end in ends.items()}
+        arrays = driver.plan(chunks)
+        rows = np.concatenate([np.arange(max(arrays[3][n], arrays[3][n + 1] - 4), arrays[3][n + 1]) for n in (1, 2)])
+        logits = np.zeros((len(rows), 80), np.float32)
+        driver.rig.run(*arrays, rows.astype(np.int32), NONE, logits, np.zeros(len(rows), np.int32), finite, None, **how)
+        return logits
+
+    apart, together = (Driver(Rig(threads, level, form=FORMS[form])) for threads in (1, 3))
+    for driver in (apart, together):
+        run(driver, {0: 9, 1: 20, 2: 30, 3: 10})
+    expected = [run(apart, {0: 10 + i, 1: 21 + i, 2: 31 + i, 3: 15 + 5 * i}) for i in range(4)]
+    found = run(together, {0: 10, 1: 24, 2: 34, 3: 15}, num_decodes=1, num_drafting=2)
+    for i in range(4):
+        np.testing.assert_array_equal(found[[i, 4 + i]], expected[i])
+    # All drafts of one are accepted, and one of the other's.
+    together.starts[1:3] = [24, 32]
+    state = together.rig.states.copy()
+    after = run(together, {0: 11, 1: 25, 2: 33, 3: 20}, num_decodes=3, replays=replays)
+    np.testing.assert_array_equal(after[1], expected[2][1])
+    assert (state != together.rig.states).any()
+    np.testing.assert_array_equal(run(together, {0: 12, 1: 26, 2: 34, 3: 25}, num_decodes=3)[1], expected[3][1])
+    # The other one's first decode is behind its fourth token.
+    np.testing.assert_array_equal(run(apart, {0: 14, 1: 25, 2: 35, 3: 35})[0], after[0])
+
+
+def test_states_out_of_bounds_are_refused() -> None:
+    rig = Rig(1, native.levels()[0], form=FORMS["hybrid"])
+    arrays = Driver(rig).plan({0: [1, 2], 1: [3]})
+    both, ids, finite = np.array([1, 2], np.int32), np.zeros(2, np.int32), np.zeros(2, np.int32)
+
+    def run(slots: Any, **how: Any) -> None:
+        rig.model.run(*arrays, both, NONE, None, ids, finite, None, state_slots=slots, **how)
+
+    sound = np.array([3, 11], np.int32)
+    run(sound)
+    run(sound, num_drafting=1)
+    for wrong in ([0, MAX_DRAFTS + 1], [-1, 0], [0]):
+        with pytest.raises(ValueError, match="draft tokens"):
+            run(sound, replays=np.array(wrong, np.int32))
+    for counts in ({"num_decodes": -1}, {"num_drafting": -1}):
+        with pytest.raises(ValueError, match="draft tokens"):
+            run(sound, **counts)
+    wide = Driver(rig).plan({0: [1] * (MAX_DRAFTS + 2)})
+    with pytest.raises(ValueError, match="more than 5 draft tokens"):
+        rig.model.run(*wide, NONE, NONE, None, ids[:0], finite[:1], None, state_slots=sound[:1], num_drafting=1)
+    for slots, message in (
+        (None, "no states"), ([3], "no states"), ([0, 3], "slot 0 is out"), ([3, 12], "slot 12 is out"),
+        ([-1, 3], "out of range"), ([7, 7], "one state"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run(None if slots is None else np.array(slots, np.int32))
+    caches, arena = (huge_pages(rig.model.page_bytes[0]),), huge_pages(rig.model.arena_bytes)
+    for num_bytes in (0, rig.model.state_bytes - 64, rig.model.state_bytes + 64):
+        with pytest.raises(ValueError, match="no states of"):
+            rig.model.attach(caches, np.zeros(num_bytes, np.uint8), arena)
+    with pytest.raises(ValueError, match="no states of"):
+        Rig(1, native.levels()[0]).model.attach(caches, np.zeros(64, np.uint8), arena)
+
+
+def test_layers_that_do_not_fit_are_refused() -> None:
+    rig = Rig(1, native.levels()[0], form=FORMS["hybrid"])
+    before = rig.model.state_bytes, rig.model.page_bytes, rig.model.arena_bytes
+    shape, output = (native.Matrix(None, Format.W32, *sizes) for sizes in ((16, HIDDEN), (HIDDEN, 16)))
+    attention: dict[str, Any] = {
+        "norm": rig.vector(HIDDEN), "eps": 1e-5, "qkv": (shape,) * 3, "output": output, "rope": rig.vector(16),
+        "num_heads": 1, "num_kv_heads": 1, "head_dim": 16, "scale": 1.0,
+    }  # fmt: skip
+    delta: dict[str, Any] = {
+        "norm": rig.vector(HIDDEN), "eps": 1e-5, "qkv": (shape,) * 3, "z": (shape,), "gates": (shape,) * 2,
+        "convolution": (native.Matrix(None, Format.W32, 16, 4),) * 3, "decay": rig.vector(1), "bias": rig.vector(1),
+        "head_norm": rig.vector(16), "output": output, "num_key_heads": 1,
+        "num_value_heads": 1, "key_dim": 16, "value_dim": 16, "width": 4,
+    }  # fmt: skip
+    for change, message in (
+        ({"head_dim": 1026}, "heads of 1026 dimensions"),
+        ({"out_norm": rig.vector(HIDDEN)}, "some layers normalise their outputs"),
+    ):
+        with pytest.raises(native.UnsupportedError, match=message):
+            rig.model.add_attention(**{**attention, **change})
+    with pytest.raises(native.UnsupportedError, match="a convolution of 5 tokens; at most 4"):
+        rig.model.add_gated_delta(**{**delta, "width": 5})
+    wide = native.Matrix(None, Format.W8, 16, HIDDEN // 40 * 64)
+    for change in (
+        {"num_kv_heads": 2},
+        {"head_dim": 15},
+        {"qkv": (shape,) * 2},
+        {"qkv": (shape, shape, wide)},
+        {"norm": None},
+    ):
+        with pytest.raises(ValueError):
+            rig.model.add_attention(**{**attention, **change})
+    for change in (
+        {"num_key_heads": 2},
+        {"z": ()},
+        {"convolution": (shape,) * 3},
+        {"decay": rig.vector(17)},
+        {"width": 1},
+    ):
+        with pytest.raises(ValueError):
+            rig.model.add_gated_delta(**{**delta, **change})
+    for window in range(1, 7):
+        rig.model.add_attention(**{**attention, "window_tokens": window})
+    with pytest.raises(native.UnsupportedError, match="more than 8 kinds of attention"):
+        rig.model.add_attention(**{**attention, "window_tokens": 7})
+    unloaded = Rig(1, native.levels()[0], form=FORMS["hybrid"])
+    assert (unloaded.model.state_bytes, unloaded.model.page_bytes, unloaded.model.arena_bytes) == before
+    unloaded.model.add_gated_delta(**delta)
+    with pytest.raises(ValueError, match="weights are missing"):
+        unloaded.model.attach((huge_pages(1 << 16),), huge_pages(1 << 20), huge_pages(1 << 24))
+    with pytest.raises(ValueError, match="no page tables"):
+        native.Model(None, native.levels()[0], hidden=1, vocab=1, eps=1, kv_dtype="int8", max_rows=1, max_sequences=1,
+                     max_sampled=1, threads=1, windows=(5, 5))  # fmt: skip
+
+
 def test_memory_lies_on_huge_pages_where_there_are_any() -> None:
     switch = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not switch.exists() or "[never]" in switch.read_text():
@@ -245,7 +454,7 @@ def test_memory_lies_on_huge_pages_where_there_are_any() -> None:
 
 
 def test_a_step_out_of_bounds_is_refused() -> None:
-    model = make_model(1, native.levels()[0])
+    model = Rig(1, native.levels()[0])
     driver = Driver(model)
     driver.step({0: [1, 2, 3]})
     good = driver.plan({0: [4, 5], 1: [6]})
@@ -291,7 +500,7 @@ def test_a_step_out_of_bounds_is_refused() -> None:
 
 
 def test_rows_in_the_middle_are_sampled_and_shown_as_the_last_of_shorter_steps() -> None:
-    model = make_model(3, native.levels()[0])
+    model = Rig(3, native.levels()[0])
     chunk, other = [3, 1, 4, 1, 5, 9], [2, 6, 5]
     apart, together = Driver(model), Driver(model)
     expected = []
@@ -315,13 +524,13 @@ class MultiStep:
         self,
         threads: int,
         level: str,
-        form: dict[str, Any] = PLAIN,
+        form: Form = FORMS["plain"],
         poisoned: int | None = None,
         draws: tuple[np.ndarray[Any, Any], ...] = (),
     ) -> None:
         self.draws, self.num_output, self.scratch = draws, 0, np.zeros((threads, 80), np.float32)
-        self.model = make_model(threads, level, form=form, poisoned=poisoned)
-        self.driver = Driver(self.model)
+        self.rig = Rig(threads, level, form=form, poisoned=poisoned)
+        self.driver = Driver(self.rig)
         prompts = {0: list(range(20)) * 3, 1: [5] * 15, 2: [7, 8]}
         self.next = {n: [int(self.driver.step({n: prompt})[0][0])] for n, prompt in prompts.items()}
         self.finite = np.zeros(3, np.int32)
@@ -332,7 +541,7 @@ class MultiStep:
         sampled, ids = np.arange(3, dtype=np.int32), np.full(3, -7, np.int32)
         later = np.full((num_steps - 1, 3), -7, np.int32)
         how: Any = (*self.draws, np.full(3, self.num_output, np.int32), self.scratch) if self.draws else None
-        done = self.model.run(
+        done = self.rig.run(
             *arrays, sampled, NONE, np.zeros((3, 80), np.float32) if how else None, ids, self.finite, None, draws=how,
             later=later, stops=np.array(stops, np.int32), channel_fd=channel_fd,
         )  # fmt: skip
@@ -368,7 +577,7 @@ def test_rows_are_drawn_by_their_own_numbers_in_multi_step_too() -> None:
         expected = np.concatenate([apart.run(1) for _ in range(30)])
         np.testing.assert_array_equal(np.concatenate([together.run(count) for count in (17, 1, 12)]), expected)
     # From the logits of each step, as a sampler that has the seed and the count of tokens draws.
-    driver = Driver(make_model(2, level))
+    driver = Driver(Rig(2, level))
     prompts = {0: list(range(20)) * 3, 1: [5] * 15, 2: [7, 8]}
     tokens = {n: [int(driver.step({n: prompt})[0][0])] for n, prompt in prompts.items()}
     for step, row in enumerate(expected[:10]):
@@ -394,14 +603,14 @@ def test_a_row_that_is_left_keeps_its_logits_and_ends_there() -> None:
     arrays = apart.driver.plan(apart.next)
     rows, ids, found = np.arange(3, dtype=np.int32), np.full(3, -7, np.int32), np.zeros((3, 80), np.float32)
     how = (temperature, *DRAWS[1:], np.zeros(3, np.int32), apart.scratch)
-    apart.model.run(*arrays, rows, NONE, found, ids, apart.finite, None, draws=how)
+    apart.rig.run(*arrays, rows, NONE, found, ids, apart.finite, None, draws=how)
     expected = beside.run(1)[0]
     assert ids.tolist() == [expected[0], -7, expected[2]]
     assert int(found[1, :77].argmax()) == expected[1]
 
 
 def test_draws_without_scratch_space_or_of_another_length_are_refused() -> None:
-    model = make_model(2, native.levels()[0])
+    model = Rig(2, native.levels()[0])
     arrays = Driver(model).plan({0: [1, 2], 1: [3], 2: [4]})
     rows, ids, finite = np.array([1, 2, 3], np.int32), np.zeros(3, np.int32), np.zeros(3, np.int32)
     logits, scratch, counters = np.zeros((3, 80), np.float32), np.zeros((2, 80), np.float32), np.zeros(3, np.int32)
@@ -462,7 +671,7 @@ def test_a_nan_ends_multi_step() -> None:
 
 
 def test_multi_step_out_of_bounds_is_refused() -> None:
-    model = make_model(1, native.levels()[0])
+    model = Rig(1, native.levels()[0])
     driver = Driver(model)
     driver.step({0: [1, 2, 3], 1: [4]})
     good = driver.plan({0: [4], 1: [6]})

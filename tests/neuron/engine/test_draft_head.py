@@ -3,6 +3,7 @@
 import array
 import concurrent.futures
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,12 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return make_model(kind, tmp_path_factory.mktemp(kind), with_draft_head=True)
+
+
+@pytest.fixture(autouse=True)
+def in_torch(set_engine: Callable[..., None]) -> None:
+    """The step in C has no draft head."""
+    set_engine(cpu_kernels=False)
 
 
 @pytest.fixture
@@ -265,11 +272,14 @@ def test_the_head_is_left_out_where_it_does_not_fit_or_is_not_wanted(
 ) -> None:
     folder = make_model("small", tmp_path, with_draft_head=True)
     config = read_config(folder)
+    bare_config = config.without_draft_head()
     spec = ModelSpec("m", "x", dtype="float32")
-    bare = plan_memory(config.without_draft_head(), spec, "cpu:0", 1 << 33)
-    full = plan_memory(config, spec, "cpu:0", 1 << 33)
+    assert plan_memory(config, spec, "cpu:0", 1 << 33) == plan_memory(bare_config, spec, "cpu:0", 1 << 33), "in C"
+    plan, least_of = (functools.partial(each, cpu_kernels=False) for each in (plan_memory, least_bytes))
+    bare = plan(bare_config, spec, "cpu:0", 1 << 33)
+    full = plan(config, spec, "cpu:0", 1 << 33)
     assert full.has_draft_head
-    num_parameters = config.num_parameters() - config.without_draft_head().num_parameters()
+    num_parameters = config.num_parameters() - bare_config.num_parameters()
     # Norms of heads are repeated, and tables of rotary embeddings are no parameters.
     assert 0 <= full.weights_bytes - bare.weights_bytes - 4 * num_parameters < 1000
     places = full.num_hidden
@@ -277,15 +287,15 @@ def test_the_head_is_left_out_where_it_does_not_fit_or_is_not_wanted(
     assert full.workspace_bytes - bare.workspace_bytes >= places * config.hidden_size * 4
     tokens = full.num_pages * 16
     kv_bytes = config.kv_bytes_per_token("float32")
-    assert kv_bytes == 2 * config.without_draft_head().kv_bytes_per_token("float32")
+    assert kv_bytes == 2 * bare_config.kv_bytes_per_token("float32")
     assert full.kv_cache_bytes == tokens * kv_bytes + full.states.total_bytes
-    off = plan_memory(config, msgspec.structs.replace(spec, draft_head=False), "cpu:0", 1 << 33)
+    off = plan(config, msgspec.structs.replace(spec, draft_head=False), "cpu:0", 1 << 33)
     assert off == bare
-    least = least_bytes(config, spec, "cpu:0")
-    assert least == least_bytes(config.without_draft_head(), spec, "cpu:0")
-    assert not plan_memory(config, spec, "cpu:0", least).has_draft_head
+    least = least_of(config, spec, "cpu:0")
+    assert least == least_of(bare_config, spec, "cpu:0")
+    assert not plan(config, spec, "cpu:0", least).has_draft_head
     with pytest.raises(DoesNotFitError):
-        plan_memory(config, spec, "cpu:0", least - 1)
+        plan(config, spec, "cpu:0", least - 1)
     driver = load(folder, draft_head=False)
     assert driver.model().config.draft_head is None
     assert isinstance(driver.model().speculation.drafter, PromptLookup)

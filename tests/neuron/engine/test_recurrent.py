@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import pathlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cached_layers
@@ -21,9 +21,10 @@ from neuron.device import jobs
 from neuron.engine import multi_step
 from neuron.engine import scheduler as scheduler_module
 from neuron.engine import speculation as speculation_module
-from neuron.engine.cache_memory import LayerCaches
+from neuron.engine.cache_memory import LayerCaches, NativeCaches
 from neuron.engine.loading import load_model
 from neuron.engine.model_engine import ModelEngine
+from neuron.engine.native_executor import NativeExecutor
 from neuron.engine.prefix import extend_keys
 from neuron.engine.sequence import Sequence
 from neuron.engine.speculation import PromptLookup, Speculation
@@ -31,7 +32,6 @@ from neuron.engine.step_timer import StepTimer
 from neuron.engine.tensor_parallel import Follower
 from neuron.layers.cache import MAX_DRAFTS, SequenceState
 from neuron.models import packed, sizing
-from neuron.models.config import read_config
 from neuron.models.registry import FAMILIES
 from neuron.models.sizing import PAGE_TOKENS
 from neuron.triton_kernels import dispatch
@@ -65,15 +65,17 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 also_trained = pytest.mark.parametrize("folder", ["recurrent", "qwen3_5"], indirect=True)
 
 
-@pytest.fixture(params=["eager", "graphs"])
+@pytest.fixture(params=["eager", "native", "graphs"])
 def load(
     request: pytest.FixtureRequest,
     harness: Callable[..., Any],
     folder: pathlib.Path,
+    set_engine: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Any]:
-    """Load the model on the CPU, or as on a GPU: with graphs, and steps that overlap."""
+    """Load the model on the CPU, in torch or on its kernels, or as on a GPU: with graphs, and steps that overlap."""
     with_graphs = request.param == "graphs"
+    set_engine(cpu_kernels=request.param == "native")
     if with_graphs:
         operations = ByDefinition()
         monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: operations)
@@ -87,6 +89,7 @@ def load(
             patch.setattr(sizing, "CPU_DEFAULTS", short)
             answer = driver.load(folder, max_sequences=5, **spec)
         assert isinstance(answer, jobs.Done), answer
+        assert driver.model().plan.native == (request.param == "native")
         driver.model().executor.overlaps = with_graphs
         return driver
 
@@ -134,9 +137,52 @@ def alone(load: Callable[..., Any], prompts: list[list[int]], max_tokens: int = 
     return [ask(driver, [prompt], max_tokens)[0] for prompt in prompts]
 
 
-def caches(driver: Any) -> LayerCaches:
+def caches(driver: Any) -> LayerCaches | NativeCaches:
     executor = driver.model().executor
-    found: LayerCaches = getattr(executor, "_eager", executor).caches
+    found: LayerCaches | NativeCaches = getattr(executor, "_eager", executor).caches
+    return found
+
+
+def pages_of(driver: Any) -> list[torch.Tensor]:
+    """Return the tensors of the paged caches."""
+    found = caches(driver)
+    if isinstance(found, NativeCaches):
+        return [torch.from_numpy(table) for table in found.tables]
+    return [tensor for each in found.layers if isinstance(each, KeyValueCache) for tensor in each]
+
+
+def states_of(driver: Any) -> torch.Tensor:
+    """Return the state slots ``[slots, N]`` as numbers: all are float32, as is the model."""
+    found = caches(driver)
+    states = torch.from_numpy(found.states) if isinstance(found, NativeCaches) else found._states
+    assert states is not None
+    return states.view(torch.float32)
+
+
+def drafted(driver: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what each layer keeps of draft tokens: inputs of the convolution, and gates."""
+    found = caches(driver)
+    if isinstance(found, LayerCaches):
+        for kind, cache in zip(driver.model().config.caches(), found.layers, strict=True):
+            if isinstance(kind, SequenceState):
+                inputs, _, gates = cache or ()
+                yield inputs[:, -MAX_DRAFTS:], gates
+        return
+    # State [6, 16, 16], inputs [blocks, 3 + drafts, 16], gates [drafts, 2, 6], on 64 bytes.
+    for layer in states_of(driver).chunk(2, dim=1):
+        _, inputs, gates, _ = layer.split((6 * 16 * 16, 11 * 144, 12 * MAX_DRAFTS, 0), dim=1)
+        yield inputs.view(-1, 9, 11, 16)[:, :, -MAX_DRAFTS:], gates
+
+
+def embedding_row(driver: Any, token: int) -> torch.Tensor:
+    """Return the embedding of a token as it lies in memory."""
+    executor = driver.model().executor
+    if isinstance(executor, NativeExecutor):
+        rows, hidden = packed.padded(executor.config.vocab_size), executor.config.hidden_size
+        # The first matrix of the region: float32 blocks of 16 rows.
+        table = torch.from_numpy(executor.weights.region[: 4 * rows * hidden].view(np.float32))
+        return table.view(-1, hidden, 16)[token // 16, :, token % 16]
+    found: torch.Tensor = getattr(executor, "_eager", executor).forward.weights.embedding["table"].weight[token]
     return found
 
 
@@ -216,11 +262,12 @@ def test_a_wrong_state_is_seen(load: Callable[..., Any], monkeypatch: pytest.Mon
     expected = alone(load, [PROMPT])
     driver = load(64)
     check(ask(driver, [PROMPT]), expected)
-    copy = LayerCaches.copy_states
+    kind = type(caches(driver))
+    copy = kind.copy_states
     if fault == "zeros":
-        monkeypatch.setattr(LayerCaches, "copy_states", lambda self, copies: copy(self, copies * [[0], [1]]))
+        monkeypatch.setattr(kind, "copy_states", lambda self, copies: copy(self, copies * [[0], [1]]))
     else:
-        monkeypatch.setattr(LayerCaches, "copy_states", lambda *_: None)
+        monkeypatch.setattr(kind, "copy_states", lambda *_: None)
     with pytest.raises(AssertionError):
         check(ask(driver, [PROMPT]), expected)
     assert cached(driver) == [144]
@@ -293,7 +340,7 @@ def test_a_row_that_has_ended_writes_nothing_more_to_its_pages(
         extend_keys(keys, np.array([*prompts[0], ids[0]], np.int32), 3, PAGE_TOKENS)
         pages = torch.from_numpy(driver.model().scheduler.cache.pool.find(keys))
         assert len(pages) == 3
-        return [tensor[pages] for each in caches(driver).layers if isinstance(each, KeyValueCache) for tensor in each]
+        return [tensor[pages] for tensor in pages_of(driver)]
 
     for found, expected in zip(published(True), published(False), strict=True):
         torch.testing.assert_close(found, expected)
@@ -305,22 +352,20 @@ def test_a_nan_reaches_no_later_sequence(load: Callable[..., Any], monkeypatch: 
     monkeypatch.setattr(scheduler_module, "AWAITED_PAGES", 99)
     expected = alone(load, [PROMPT, TEXT[9:90]])
     driver = load(64)
-    executor = driver.model().executor
-    embedding = getattr(executor, "_eager", executor).forward.weights.embedding["table"].weight
+    embedding = embedding_row(driver, 63)
     assert 63 not in PROMPT
-    sound = embedding[63].clone()
-    embedding[63] = torch.nan
+    sound = embedding.clone()
+    embedding[:] = torch.nan
     driver.generate(7, TEXT[9:90], 12, top_logprobs=TOP)
     driver.generate(8, bad, 12)
     driver.run()
     assert driver.failures()[8].code == "non_finite_logits"
-    embedding[63] = sound
+    embedding[:] = sound
     driver.sent = [sent for sent in driver.sent if not isinstance(sent, jobs.SequenceFailed)]
     check([outcomes(driver)[7]], expected[1:])
     slots = driver.model().plan.states.num_slots
-    for layer in caches(driver).layers:
-        for tensor in layer or ():
-            assert tensor[1:].isfinite().all()
+    for tensor in (states_of(driver), *pages_of(driver)):
+        assert tensor.view(torch.float32)[1:].isfinite().all()
     # As many at once as there are slots: each begins in one that was used before.
     assert slots >= 5
     check(ask(driver, [PROMPT] * 5), expected[:1] * 5)
@@ -423,10 +468,9 @@ def test_a_wrong_rollback_is_seen(load: Callable[..., Any], monkeypatch: pytest.
             sequence.num_replays = 0
         elif fault == "rejected, replayed" and len(sampled) > 1:
             sequence.num_replays = len(sampled) - 1
-        for kind, cache in zip(driver.model().config.caches(), caches(driver).layers, strict=True):
-            if isinstance(kind, SequenceState) and fault in ("inputs", "gates"):
-                inputs, _, gates = cache or ()
-                (inputs[:, -MAX_DRAFTS:] if fault == "inputs" else gates).zero_()
+        if fault in ("inputs", "gates"):
+            for inputs, gates in drafted(driver):
+                (inputs if fault == "inputs" else gates).zero_()
         return found
 
     monkeypatch.setattr(Speculation, "verify", wrong)
@@ -458,22 +502,32 @@ def test_a_draft_model_with_a_state_is_refused(folder: pathlib.Path, harness: Ca
     assert "the draft model keeps a state" in answer.error.message
 
 
-def test_such_a_model_runs_in_eager_torch_in_two_dtypes(folder: pathlib.Path, harness: Callable[..., Any]) -> None:
-    config = read_config(folder)
-    assert "layers (GatedDelta, GatedMlp) that only the eager path computes" in str(packed.obstacle(config))
+def test_eager_torch_has_states_of_two_dtypes(
+    folder: pathlib.Path, harness: Callable[..., Any], set_engine: Callable[..., None]
+) -> None:
+    set_engine(cpu_kernels=False)
     driver = harness()
     driver.load(folder, dtype="bfloat16", max_sequences=5)
     plan = driver.model().plan
-    assert not plan.native
     # (3 + 8) x 144 and 8 x 12 elements in bfloat16, on 64 bytes, and 6 x 16 x 8 in float32, in each of two layers.
     assert plan.states.slot_bytes == 2 * (3200 + 3072 + 192)
-    held = caches(driver)._states
-    assert held is not None
-    assert held.nbytes == plan.states.total_bytes
-    inputs, recurrent, gates = caches(driver).layers[0] or ()
+    found = caches(driver)
+    assert isinstance(found, LayerCaches)
+    assert found._states is not None
+    assert found._states.nbytes == plan.states.total_bytes
+    inputs, recurrent, gates = found.layers[0] or ()
     assert (inputs.dtype, inputs.shape) == (torch.bfloat16, (1 + plan.states.num_slots, 11, 144))
     assert (gates.dtype, gates.shape) == (torch.bfloat16, (1 + plan.states.num_slots, 8, 12))
     assert (recurrent.dtype, recurrent.shape) == (torch.float32, (1 + plan.states.num_slots, 6, 16, 8))
+
+
+def test_the_kernels_have_states_of_float32(folder: pathlib.Path, harness: Callable[..., Any]) -> None:
+    driver = harness()
+    driver.load(folder, dtype="bfloat16", max_sequences=5)
+    plan = driver.model().plan
+    # Values padded to 16, and all in float32.
+    assert plan.states.slot_bytes == 2 * 4 * (6 * 16 * 16 + 11 * 144 + 8 * 12)
+    assert states_of(driver).nbytes == plan.states.total_bytes
 
 
 # ------------------------------------------------------------------ tensor parallelism

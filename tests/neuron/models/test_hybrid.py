@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from hybrid_gguf import write_gguf
 from hybrid_models import CONFIG, make_model
 
 from cortex.wire.errors import ApiError
+from neuron.cpu_kernels import native
 from neuron.layers.attention import Attention
 from neuron.layers.cache import MAX_DRAFTS, SequenceState
 from neuron.layers.gated_delta import GatedDelta
 from neuron.layers.shard import Shard
+from neuron.models import packed
 from neuron.models.config import config_from_gguf, read_config
 from neuron.models.decoder import Decoder
 from neuron.models.errors import CorruptWeightsError
@@ -43,6 +46,18 @@ def case(
     return path, prompts, [expected_of(model, prompt, NUM_TOKENS) for prompt in prompts]
 
 
+@pytest.fixture(params=["eager", *native.levels()])
+def executor(request: pytest.FixtureRequest, case: Any, set_engine: Callable[..., None]) -> None:
+    """Eager torch, and the kernels at every level that this processor has, where they run the model."""
+    if request.param == "eager":
+        set_engine(cpu_kernels=False)
+    elif packed.obstacle(read_config(case[0])):
+        pytest.skip("eager torch, as another case")
+    else:
+        set_engine(cpu_level=request.param)
+
+
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("step_tokens", [1, 7, 512])
 def test_logits_equal_transformers(case: Any, harness: Any, step_tokens: int) -> None:
     path, prompts, expected = case
@@ -58,9 +73,12 @@ def check(found: tuple[dict[int, list[int]], dict[int, torch.Tensor]], expected:
 
 
 @pytest.mark.parametrize("tensor", [0, 1], ids=["inputs of the convolution", "state of the rule"])
-def test_a_lost_state_shows(case: Any, harness: Any, monkeypatch: pytest.MonkeyPatch, tensor: int) -> None:
+def test_a_lost_state_shows(
+    case: Any, harness: Any, set_engine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tensor: int
+) -> None:
     """The comparison notices a state that is zeroed before one of the steps of an answer."""
     path, prompts, expected = case
+    set_engine(cpu_kernels=False)
     hidden, steps = Decoder.hidden, itertools.count()
 
     def forgetting(self: Decoder, token_ids: torch.Tensor, batches: Any, caches: Any) -> torch.Tensor:
@@ -79,8 +97,9 @@ def test_a_lost_state_shows(case: Any, harness: Any, monkeypatch: pytest.MonkeyP
 # ------------------------------------------------------------------ files
 
 
-def test_bfloat16_keeps_decays_and_states_in_float32(case: Any, harness: Any) -> None:
+def test_bfloat16_keeps_decays_and_states_in_float32(case: Any, harness: Any, set_engine: Callable[..., None]) -> None:
     path, prompts, _ = case
+    set_engine(cpu_kernels=False)
     driver = harness()
     driver.load(path, dtype="bfloat16")
     layers = driver.model().executor.forward.weights.layers
@@ -92,6 +111,7 @@ def test_bfloat16_keeps_decays_and_states_in_float32(case: Any, harness: Any) ->
     assert not driver.failures()
 
 
+@pytest.mark.usefixtures("executor")
 def test_gguf_has_the_logits_of_safetensors(case: Any, harness: Any, tmp_path: pathlib.Path) -> None:
     path, prompts, expected = case
     write_gguf(path, tmp_path / "model.gguf")
