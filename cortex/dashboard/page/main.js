@@ -9,6 +9,7 @@ import { Models, summary } from "./models.js";
 import { Nodes } from "./nodes.js";
 import { Overview } from "./overview.js";
 import { Requests } from "./requests.js";
+import { ClientKeys } from "./keys.js";
 import { key, setKey } from "./session.js";
 import { Store } from "./store.js";
 
@@ -19,6 +20,7 @@ const models = new Models(store);
 const nodes = new Nodes(store);
 const requests = new Requests(store);
 const chat = new Chat();
+const clientKeys = new ClientKeys();
 new AddModel();
 let build = "";
 
@@ -78,6 +80,7 @@ const feed = new Feed({
       models.update();
       nodes.update();
       requests.replace(data.requests);
+      clientKeys.watch(true);
       talkables();
       tellNotice();
     });
@@ -103,6 +106,7 @@ function forget(why) {
   models.update();
   nodes.update();
   requests.replace([]);
+  clientKeys.watch(false);
   overview.clear();
   talked = "";
   chat.refresh();

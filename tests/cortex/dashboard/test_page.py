@@ -464,7 +464,7 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
     (admin, admin_hash), (user, user_hash) = new_key(), new_key()
     keys = (
         f'[[keys]]\nname = "root"\nsha256 = "{admin_hash}"\nmodels = ["*"]\nadmin = true\n'
-        f'[[keys]]\nname = "alice"\nsha256 = "{user_hash}"\nmodels = ["m"]\n'
+        f'[[keys]]\nname = "alice"\nsha256 = "{user_hash}"\nmodels = ["m"]\nrequests_per_minute = 60\n'
     )
     guarded = Gateway(folder / "guarded", nodes, models, keys)
     guarded.start()
@@ -493,6 +493,11 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
         assert admin not in page.run("JSON.stringify(localStorage)")
         assert page.run("sessionStorage.length") == 1
         assert page.run("document.cookie") == ""
+        page.until(
+            "document.querySelector('tr[data-key=alice]')?.textContent.includes('1 / 60')", what="her one request"
+        )
+        assert page.text("tr[data-key=root] .also") == "administrator"
+        check_axe(page)
         reload(page)  # the tab keeps the key
         page.until("document.getElementById('requests').textContent.includes('alice')")
         assert admin not in page.run("document.documentElement.outerHTML")
