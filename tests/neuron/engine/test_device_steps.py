@@ -65,10 +65,17 @@ class Running:
         for message in messages:
             self.daemon.send(msgspec.msgpack.encode(message))
 
-    def generate(self, number: int, max_tokens: int, eos: tuple[int, ...] = (), **settings: Any) -> None:
+    def generate(
+        self,
+        number: int,
+        max_tokens: int,
+        eos: tuple[int, ...] = (),
+        thinking: jobs.ThinkingSettings | None = None,
+        **settings: Any,
+    ) -> None:
         sampler = jobs.SamplerSettings(**{"temperature": 0.0, **settings})
         ids = array.array("i", PROMPT[number:]).tobytes()
-        self.post(jobs.Generate(number, "m", ids, max_tokens, eos, sampler, ""))
+        self.post(jobs.Generate(number, "m", ids, max_tokens, eos, sampler, "", thinking=thinking))
 
     def receive(self) -> jobs.FromWorker:
         message: jobs.FromWorker = self._decoder.decode(self.daemon.recv(30))
@@ -142,6 +149,21 @@ def test_a_step_is_launched_before_the_one_before_it_is_read(
     assert calls.count("cuGraphLaunch") == 11, "the prompt's step has none, and a limit costs none"
     assert not {"cuStreamSynchronize", "cuEventSynchronize"} & set(calls)
     assert running.end() == 0
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_budget_of_reasoning_ends_steps_that_overlap(start: Callable[..., Running], overlaps: bool) -> None:
+    """Beside a sequence without one; the tokens before the forced ones are those of a free sequence."""
+    running = start(overlaps=overlaps)
+    running.generate(0, 30)
+    free = running.receive_all(1)[0]
+    for budget in (0, 1, 2, 11):
+        running.generate(0, 30, thinking=jobs.ThinkingSettings(budget, 7, (5, 6, 9), starts_inside=True))
+        running.generate(1, 30)
+        found = running.receive_all(2)[0]
+        assert found[:budget] == free[:budget]
+        assert found[budget : budget + 3] == [5, 6, 9]
+        assert len(found) == 30
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
