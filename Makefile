@@ -248,6 +248,7 @@ bench-cpu: $(VENV)/editable
 
 bench-engine: $(VENV)/editable
 	PYTHONPATH=bench $(BENCH) bench/engine/streams.py --keep
+	PYTHONPATH=bench:bench/engine:tests/support $(BENCH) bench/engine/drafts.py --keep
 
 bench-turns: $(VENV)/editable
 	PYTHONPATH=bench:tests/support $(BENCH) bench/turns.py --keep

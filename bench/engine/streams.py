@@ -42,7 +42,7 @@ REPEATS = 2
 class Driver:
     """An engine and a clock: when each sequence was given tokens."""
 
-    def __init__(self, path: pathlib.Path, *, speculation: bool = False) -> None:
+    def __init__(self, path: pathlib.Path, settings: EngineSettings, **spec: bool) -> None:
         self._decoder = msgspec.msgpack.Decoder(jobs.FromWorker)
         self._last: jobs.FromWorker | None = None
         self.arrivals: dict[int, list[float]] = {}
@@ -54,9 +54,9 @@ class Driver:
             self._take,
             lambda: (memory // 2, memory),
             lambda: None,
-            settings=EngineSettings(speculation=speculation),
+            settings=settings,
         )
-        self._send(jobs.Load(1, ModelSpec("m", str(path)), str(path)))
+        self._send(jobs.Load(1, ModelSpec("m", str(path), **spec), str(path)))
         self.run()
         assert isinstance(self._last, jobs.Done), self._last
         self._number = 0
@@ -75,11 +75,12 @@ class Driver:
     def _send(self, message: jobs.ToWorker) -> None:
         self.engine.handle(msgspec.msgpack.encode(message))
 
-    def start(self, prompt: list[int], max_tokens: int) -> int:
+    def start(self, prompt: list[int], max_tokens: int, temperature: float = 0.0) -> int:
         """Submit a sequence; return its number."""
         self._number += 1
         ids = array.array("i", prompt).tobytes()
-        self._send(jobs.Generate(self._number, "m", ids, max_tokens, (), jobs.SamplerSettings(temperature=0.0)))
+        settings = jobs.SamplerSettings(temperature=temperature, seed=1)
+        self._send(jobs.Generate(self._number, "m", ids, max_tokens, (), settings))
         return self._number
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
@@ -122,9 +123,9 @@ def gaps(
     return before, busy, after
 
 
-def decode_rate(driver: Driver, prompt: list[int]) -> float:
-    """Return the tokens per second of one stream behind its first token."""
-    number = driver.start(prompt, 4 * DECODE_TOKENS)
+def decode_rate(driver: Driver, prompt: list[int], num_tokens: int, temperature: float = 0.0) -> float:
+    """Return the tokens per second of one stream of ``num_tokens`` behind its first token."""
+    number = driver.start(prompt, num_tokens, temperature)
     driver.run()
     times = driver.arrivals[number]
     return (driver.num_tokens[number] - 1) / (times[-1] - times[0])
@@ -146,7 +147,7 @@ def main() -> None:
     keep_activations_mapped()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     path = options.model or source.fetch(SMOLLM2)
-    driver = Driver(path)
+    driver = Driver(path, EngineSettings(speculation=False))
     random = np.random.default_rng(0)
 
     def prompts(count: int, size: int) -> list[list[int]]:
@@ -176,9 +177,9 @@ def main() -> None:
     repeats, plain = text * 4, prompts(1, 800)[0]
     rates = {}
     for name in ("off", "on") * REPEATS:
-        driver = Driver(path, speculation=name == "on")
+        driver = Driver(path, EngineSettings(speculation=name == "on"))
         for what, prompt in (("repeated", repeats), ("new", plain)):
-            rates[what, name] = max(rates.get((what, name), 0.0), decode_rate(driver, prompt))
+            rates[what, name] = max(rates.get((what, name), 0.0), decode_rate(driver, prompt, 4 * DECODE_TOKENS))
         del driver
     rows = [
         {"what": "decode, 1 stream", "tok/s": single},

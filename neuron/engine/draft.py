@@ -19,6 +19,7 @@ from neuron.engine.executor import Executor, InFlightStep
 from neuron.engine.plan import NO_COPIES, StepPlan
 from neuron.engine.scheduler import Step
 from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
+from neuron.engine.speculation import PromptLookup
 from neuron.engine.step_timer import StepTimer
 from neuron.layers.cache import MAX_DRAFTS
 from neuron.layers.draft_head import KEPT_TOKENS
@@ -144,6 +145,8 @@ class DraftHead(DraftModel):
         super().__init__(executor, page_tables, page_tokens, step_tokens)
         self.executors = ()
         self._page_tables = page_tables
+        self._lookup = PromptLookup()
+        self._num_looked_up = 0
         self._first_row = num_slots * KEPT_TOKENS
         self._prompts: dict[int, tuple[int, int]] = {}
         """First token of each prompt's chunk in the last step, and the place of its hidden state, by slot."""
@@ -177,13 +180,27 @@ class DraftHead(DraftModel):
             self._run(rows, sampled=False)
         self._prompts = {}
 
+    def available(self, sequences: list[Sequence], most: int) -> list[int]:
+        """See :class:`~neuron.engine.speculation.Drafter`. Repeated text is looked up, which costs nothing."""
+        found = self._lookup.available(sequences, most)
+        self._num_looked_up = sum(count > 0 for count in found)
+        return [count or most for count in found]
+
+    def cost_s(self, num_sequences: int, depth: int) -> float:
+        """See :class:`~neuron.engine.speculation.Drafter`."""
+        num_sequences -= self._num_looked_up
+        return super().cost_s(num_sequences, depth) if num_sequences else 0.0
+
     def propose(self, sequences: list[Sequence], counts: list[int]) -> list[Int32Array]:
         """See :class:`~neuron.engine.speculation.Drafter`."""
-        drafts = super().propose(sequences, counts)
-        for s in sequences:
+        looked_up = self._lookup.propose(sequences, counts)
+        asked = [s for s, drafts in zip(sequences, looked_up, strict=True) if not len(drafts)]
+        wanted = [count for count, drafts in zip(counts, looked_up, strict=True) if not len(drafts)]
+        made = iter(super().propose(asked, wanted))
+        for s in asked:
             # Rows of drafts were made with the head's own hidden states.
             s.num_drafted = min(s.num_drafted, s.num_tokens - 1)
-        return drafts
+        return [drafts if len(drafts) else next(made) for drafts in looked_up]
 
     def _catch_up(self, sequences: list[Sequence]) -> None:
         """Do nothing: the first step of drafts computes the few tokens that are left."""

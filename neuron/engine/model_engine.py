@@ -172,6 +172,8 @@ class ModelEngine:
     def _admit(self, output: StepOutput) -> None:
         for sequence in self.scheduler.admit():
             try:
+                if not sequence.num_output:
+                    sequence.acceptance_rate = self.speculation.usual_rate
                 prompt, generated = np.split(sequence.tokens[: sequence.num_tokens], [sequence.num_prompt])
                 for executor in self._executors:
                     executor.sampler.admit(sequence.slot, sequence.sampler, prompt, generated)

@@ -16,7 +16,7 @@ import numpy as np
 
 from neuron.engine.plan import StepPlan
 from neuron.engine.scheduler import Step
-from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
+from neuron.engine.sequence import FIRST_ACCEPTANCE, NO_TOKENS, Int32Array, Sequence
 from neuron.engine.step_timer import StepTimer
 from neuron.layers.cache import MAX_DRAFTS
 
@@ -27,8 +27,15 @@ NGRAM: Final = 3
 """Tokens that must have occurred before, in this order, for their continuation to be proposed."""
 NEW_WEIGHT: Final = 0.2
 """Weight of one verified draft token in a sequence's acceptance rate."""
-ACCEPTANCE_RECOVERY: Final = 0.005
-"""Increase of the rate by each step that had draft tokens and did not verify them, so that they are tried again."""
+ACCEPTANCE_RECOVERY: Final = 0.0015
+"""Increase of the rate by each step that had draft tokens and did not verify them, so that they are tried again: once
+in some 60 steps, of which a try in vain costs 1 %."""
+USUAL_WEIGHT: Final = 0.05
+"""Weight of one step of a sequence in the rate with which others begin."""
+LEAST_USUAL: Final = 0.4
+"""Least rate to begin with: another text may be more predictable."""
+PLAIN_EVERY: Final = 16
+"""Steps with draft tokens behind which comes one without, so that its time is known."""
 RETRY_STEPS: Final = 32
 """Steps launched ahead of the one before them, and so without draft tokens, after which drafts are tried again: the try
 costs a step's host work, which is 1 % of so many steps."""
@@ -109,6 +116,10 @@ class Speculation:
         self._step_timer = step_timer
         self._max_drafts = max_drafts
         self.num_proposed = self.num_accepted = 0
+        self.usual_rate = FIRST_ACCEPTANCE
+        """Acceptance rate with which a new sequence begins."""
+        self._num_drafting = 0
+        """Steps in succession with draft tokens."""
         self._num_ahead = RETRY_STEPS
         """Steps since drafts were tried last, or did pay."""
 
@@ -142,13 +153,16 @@ class Speculation:
         if not able or most < 1:
             return
         available = self.drafter.available(able, most)
-        depth = self._depth(num_decoding, able, available)
+        is_plain = self._num_drafting == PLAIN_EVERY
+        depth = 0 if is_plain else self._depth(num_decoding, able, available)
+        self._num_drafting = self._num_drafting + 1 if depth else 0
+        if depth or is_plain:
+            self._num_ahead = RETRY_STEPS
         if not depth:
             for sequence, count in zip(able, available, strict=True):
                 if count:
                     sequence.acceptance_rate = min(1.0, sequence.acceptance_rate + ACCEPTANCE_RECOVERY)
             return
-        self._num_ahead = RETRY_STEPS
         counts = [reserve(sequence, min(depth, count)) for sequence, count in zip(able, available, strict=True)]
         for sequence, drafts in zip(able, self.drafter.propose(able, counts), strict=True):
             sequence.drafts = drafts
@@ -192,5 +206,7 @@ class Speculation:
         sequence.acceptance_rate += weight * (num_accepted / verified - sequence.acceptance_rate)
         # Behind the first rejected token the draft model's cache is wrong too.
         sequence.num_drafted = min(sequence.num_drafted, sequence.num_tokens + num_accepted)
+        usual = self.usual_rate + USUAL_WEIGHT * (sequence.acceptance_rate - self.usual_rate)
+        self.usual_rate = max(usual, LEAST_USUAL)
         self.num_proposed += proposed
         self.num_accepted += num_accepted

@@ -30,6 +30,8 @@ class StepTimer:
         # Steps without prompts: by rows, in rising order, the seconds of each.
         self._rows: list[int] = []
         self._seconds: list[float] = []
+        self._measured_once: set[int] = set()
+        """Numbers of rows with one measurement, which may be of a first time that takes longer."""
         self._prompt_token_s: float | None = None
         self._last_prompt_tokens = page_tokens
         self.host_s = 0.0
@@ -52,10 +54,14 @@ class StepTimer:
         at = bisect.bisect_left(self._rows, num_rows)
         if at < len(self._rows) and self._rows[at] == num_rows:
             known = self._seconds[at]
+            if num_rows in self._measured_once:
+                self._measured_once.remove(num_rows)
+                known = self._seconds[at] = min(known, seconds)
             self._seconds[at] += NEW_WEIGHT * (min(seconds, OUTLIER * known) - known)
         else:
             self._rows.insert(at, num_rows)
             self._seconds.insert(at, seconds)
+            self._measured_once.add(num_rows)
 
     def _record_prompt(self, num_tokens: int, seconds: float) -> None:
         each, known = seconds / num_tokens, self._prompt_token_s

@@ -24,11 +24,12 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.engine import multi_step
 from neuron.engine import scheduler as scheduler_module
-from neuron.engine.draft import MOST_LAG, DraftHead
+from neuron.engine import speculation as speculation_module
+from neuron.engine.draft import MOST_LAG, DraftHead, DraftModel
 from neuron.engine.loading import load_model
 from neuron.engine.model_engine import ModelEngine
 from neuron.engine.scheduler import Step
-from neuron.engine.sequence import Int32Array, Sequence
+from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
 from neuron.engine.speculation import PromptLookup, Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.engine.tensor_parallel import Follower
@@ -82,6 +83,14 @@ def load(harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callab
         return driver
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_lookups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the head alone make drafts, unless a test is of both."""
+    if "looked_up" not in request.node.name:
+        monkeypatch.setattr(PromptLookup, "available", lambda self, sequences, most: [0] * len(sequences))
+        monkeypatch.setattr(PromptLookup, "propose", lambda self, sequences, counts: [NO_TOKENS] * len(sequences))
 
 
 @pytest.fixture
@@ -162,7 +171,7 @@ def test_the_logits_are_those_of_the_reference(
     count = len(prompt) + 12
     torch.testing.assert_close(torch.stack([rows[i] for i in range(count)]), expected[:count], atol=2e-4, rtol=1e-3)
     assert len(proposed) > 8
-    for tokens, drafts in proposed[::4]:
+    for tokens, drafts in [(tokens, drafts) for tokens, drafts in proposed if drafts][::4]:
         assert drafts == reference.logits(tokens, drafts[:-1])[len(tokens) - 2 :].argmax(-1).tolist()
 
 
@@ -262,6 +271,34 @@ def test_two_ranks_have_the_tokens_of_one(tmp_path: pathlib.Path, load: Callable
             (found, num_proposed), _ = ranks.map(run, range(2))
         assert found == expected
         assert bool(num_proposed) != short
+
+
+@pytest.mark.usefixtures("drafting")
+def test_repeated_text_is_looked_up_and_the_head_asked_for_all_else(
+    tmp_path: pathlib.Path, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences in a step: of one the text repeats, of the other it does not, until it is looked up itself."""
+    folder = make_model("small", tmp_path, with_draft_head=True)
+    asked: list[list[int]] = []
+    propose = DraftModel.propose
+
+    def proposing(self: DraftModel, sequences: list[Sequence], counts: list[int]) -> list[Int32Array]:
+        asked.append([s.number for s in sequences])
+        return propose(self, sequences, counts)
+
+    monkeypatch.setattr(DraftModel, "propose", proposing)
+    monkeypatch.setattr(
+        speculation_module, "lookup", lambda tokens, count: tokens[:count] if tokens[0] == PROMPTS[0][0] else NO_TOKENS
+    )
+    prompts = [PROMPTS[0], PROMPTS[2]]
+    expected = [load(folder, draft_head=False).output_alone(prompt, 20) for prompt in prompts]
+    driver = load(folder)
+    for number, prompt in enumerate(prompts):
+        driver.generate(number, prompt, 20)
+    driver.run()
+    assert [driver.outputs()[number] for number in range(2)] == expected
+    assert [1] in asked
+    assert not any(0 in numbers for numbers in asked)
 
 
 # ------------------------------------------------------------------ plans and files
