@@ -29,6 +29,10 @@ class Target:
     """Model of side requests, such as titles."""
     context_tokens: int = 0
     """Length of the model's context; 0: not known."""
+    input_price: float = 0.0
+    """Price of a million tokens of prompts, in US dollars."""
+    output_price: float = 0.0
+    """Price of a million tokens of answers."""
     sees: bool = False
     """Whether the model reads images."""
     reasons: bool = False
@@ -110,6 +114,7 @@ def opencode(target: Target, folder: pathlib.Path) -> Setup:
         "reasoning": target.reasons,
         "tool_call": True,
         "modalities": {"input": _modalities(target), "output": ["text"]},
+        "cost": {"input": target.input_price, "output": target.output_price},
     }
     if target.context_tokens:
         model["limit"] = {"context": target.context_tokens, "output": target.output_tokens}
@@ -141,7 +146,7 @@ def aider(target: Target, folder: pathlib.Path) -> Setup:
     environment, files = {"OPENAI_API_KEY": target.key}, {}
     if target.context_tokens:
         sizes = {"max_input_tokens": target.context_tokens, "max_output_tokens": target.output_tokens}
-        costs = {"input_cost_per_token": 0, "output_cost_per_token": 0}
+        costs = {"input_cost_per_token": target.input_price / 1e6, "output_cost_per_token": target.output_price / 1e6}
         row = {**sizes, **costs, "litellm_provider": "openai", "mode": "chat", "supports_vision": target.sees}
         files["models.json"] = _json({name: row})
         arguments += ["--model-metadata-file", str(folder / "models.json")]
@@ -170,7 +175,7 @@ def pi(target: Target, folder: pathlib.Path) -> Setup:
         "name": target.model,
         "reasoning": target.reasons,
         "input": _modalities(target),
-        "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
+        "cost": {"input": target.input_price, "output": target.output_price, "cacheRead": 0, "cacheWrite": 0},
         "contextWindow": target.context_tokens or 128_000,  # its own default
         "maxTokens": target.output_tokens,
     }

@@ -30,6 +30,13 @@ SHORT_CONTEXT_TOKENS = 16_384
 T = TypeVar("T")
 
 
+class ListedPricing(msgspec.Struct, frozen=True):
+    """Prices of a token in US dollars, as text."""
+
+    prompt: str = "0"
+    completion: str = "0"
+
+
 class ListedModel(msgspec.Struct, frozen=True):
     """A model as a gateway lists it, as far as it matters here."""
 
@@ -38,6 +45,7 @@ class ListedModel(msgspec.Struct, frozen=True):
     alias_of: str | None = None
     context_length: int | None = None
     capabilities: tuple[str, ...] = ()
+    pricing: ListedPricing | None = None
 
     @property
     def chats(self) -> bool:
@@ -126,12 +134,15 @@ def _target(options: argparse.Namespace) -> Target:
     model = _choose(options, key) if options.model is None else _find(options, options.model, key)
     small = model if options.small_model is None else _find(options, options.small_model, key)
     url = gateway_client.url_of_gateway(options).rstrip("/")
+    prices = model.pricing or ListedPricing()
     target = Target(
         url,
         key,
         model.id,
         small.id,
         context_tokens=model.context_length or 0,
+        input_price=_of_million(prices.prompt),
+        output_price=_of_million(prices.completion),
         sees="vision" in model.capabilities,
         reasons="reasoning" in model.capabilities,
     )
@@ -181,6 +192,14 @@ def _ask(options: argparse.Namespace, path: str, key: str, kind: type[T]) -> T:
             raise
         where = f"--key-file or ${gateway_client.KEY_VARIABLE}"
         raise GatewayError(f"the gateway needs a key, or another one: give it by {where} ({error})", 401) from None
+
+
+def _of_million(price: str) -> float:
+    """Return the price of a million tokens, given that of one."""
+    try:
+        return round(float(price) * 1e6, 9)
+    except ValueError:
+        raise GatewayError(gateway_client.STRANGER) from None
 
 
 def _write(setup: Setup, folder: pathlib.Path) -> None:

@@ -218,6 +218,20 @@ def test_settings_of_a_model_of_unknown_size() -> None:
                 json.loads(content)
 
 
+def test_prices_go_to_agents_that_count_cost(home: Home) -> None:
+    priced = {**READY, "pricing": {"prompt": "0.00000005", "completion": "0.0000012"}}
+    with serving(priced) as url:
+        for name, prices in (
+            ("opencode", '"cost": {"input": 0.05, "output": 1.2}'),
+            ("aider", "1.2e-06"),
+            ("pi", "0.05"),
+        ):
+            assert prices in home.launch(name, "--url", url, "--print").stdout
+    with serving({**READY, "pricing": {"prompt": "free", "completion": "0"}}) as url:
+        done = home.launch("pi", "--url", url, "--print")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
 def test_values_of_codex_are_toml() -> None:
     words = setups(TARGET)["codex"].arguments
     assert words[::2] == ("-c",) * (len(words) // 2)
