@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from neuron.engine.speculation import Speculation
 from neuron.layers.cache import SequenceState
+from neuron.models import packed
 from neuron.models.config import read_config
 from neuron.models.decoder import Decoder
 from neuron.text import tokenizer as text_tokenizer
@@ -36,6 +37,7 @@ NUM_TOKENS = 64
 RUNS: dict[str, dict[str, Any]] = {
     "eager": {"cpu_kernels": False, "speculation": False},
     "drafts": {"cpu_kernels": False, "speculation": True},
+    "native": {"cpu_kernels": True, "speculation": False},
 }
 """Ways to run a model: settings of the engine. With drafts there are up to three in each step, as if they were free."""
 each_way = pytest.mark.parametrize("engine", RUNS, indirect=True)
@@ -87,12 +89,15 @@ def trained(request: pytest.FixtureRequest) -> Trained:
 @pytest.fixture
 def engine(
     request: pytest.FixtureRequest,
+    trained: Trained,
     harness: Callable[..., Any],
     set_engine: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Any]:
     """Make engines of one way to run a model, by default the first."""
     changes = RUNS[getattr(request, "param", "eager")]
+    if changes["cpu_kernels"] and packed.obstacle(read_config(trained.path)):
+        pytest.skip("eager torch, as another case")
     set_engine(**changes)
     if changes["speculation"]:
         monkeypatch.setattr(Speculation, "_depth", lambda self, decoding, able, available: min(3, max(available)))
