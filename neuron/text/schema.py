@@ -19,7 +19,7 @@ from typing import Any, Final
 from cortex.wire.errors import InvalidSchemaError
 from cortex.wire.request import FormatKind, InferenceRequest, ToolMode
 from neuron.text.history import is_deeper
-from neuron.text.schema_facts import MAX_BOUND, Alternative, are_disjoint, may_be, named_places, pointer
+from neuron.text.schema_facts import MAX_BOUND, Alternative, are_disjoint, may_be, named_places, pointer, value_at
 
 MAX_SOURCE_BYTES: Final = 256 << 10
 MAX_SCHEMA_DEPTH: Final = 64
@@ -124,7 +124,10 @@ class PreparedSchema:
                 raise self._refuse(f"the reference {reference[:100]!r} refers to itself")
             seen.add(place)
             if (end := self._ends.get(place)) is None:
-                target = self._at(place, reference)
+                try:
+                    target = value_at(self._document, place)
+                except LookupError:
+                    raise self._refuse(f"there is nothing at the reference {reference[:100]!r}") from None
                 if isinstance(target, Mapping) and isinstance(target.get("$ref"), str) and len(target) == 1:
                     reference = target["$ref"]
                     continue
@@ -146,18 +149,6 @@ class PreparedSchema:
         if f"#{fragment}" not in self._places:
             raise self._refuse(f"there is nothing at the reference {reference[:100]!r}")
         return pointer(self._places[f"#{fragment}"])
-
-    def _at(self, place: str, reference: str) -> object:
-        found: Any = self._document
-        for step in place.split("/")[1:]:
-            key = step.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, Mapping) and key in found:
-                found = found[key]
-            elif isinstance(found, list) and key.isascii() and key.isdecimal() and int(key[:9]) < len(found):
-                found = found[int(key[:9])]
-            else:
-                raise self._refuse(f"there is nothing at the reference {reference[:100]!r}")
-        return found
 
     # ------------------------------------------------------------------ values
 

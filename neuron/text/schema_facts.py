@@ -48,6 +48,20 @@ def pointer(place: Link | None) -> str:
     return "".join(reversed(steps))
 
 
+def value_at(document: object, place: str) -> object:
+    """Return what a pointer leads to. Raises ``LookupError``."""
+    found: Any = document
+    for step in place.split("/")[1:]:
+        key = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and key.isascii() and key.isdecimal():
+            found = found[int(key[:9])]
+        elif isinstance(found, Mapping):
+            found = found[key]
+        else:
+            raise LookupError(place)
+    return found
+
+
 def types_of(schema: Mapping[str, Any]) -> set[str] | None:
     """Return the types a value may have, ``None`` if any. An integer is a number too."""
     given = schema.get("type")

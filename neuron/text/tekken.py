@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from neuron.errors import UnsupportedTokenizerError
 from neuron.models.files import MAX_TOKENIZER_BYTES, read_bounded
+from neuron.text.token_bytes import byte_of_character
 
 FILE: Final = "tekken.json"
 MAX_TOKENS: Final = 1 << 20
@@ -80,7 +81,7 @@ def _built(file: _File) -> Tokenizer:
     pieces = [base64.b64decode(piece.token_bytes, validate=True) for piece in file.vocab[:num_pieces]]
     if len(control) != num_control or pieces[:256] != [bytes([i]) for i in range(256)]:
         raise ValueError("control tokens beyond their number, or bytes that do not come first")
-    letters = _letters()
+    letters = {byte: character for character, byte in byte_of_character().items()}
     written = ["".join(letters[byte] for byte in piece) for piece in pieces]
     ids = {each.token_str: rank for rank, each in control.items()}
     ids |= {piece: num_control + rank for rank, piece in enumerate(written)}
@@ -110,10 +111,3 @@ def _merges(pieces: list[str]) -> Iterator[tuple[str, str]]:
         for at in range(1, len(piece)):
             if (left := piece[:at]) in known and (right := piece[at:]) in known:
                 yield left, right
-
-
-def _letters() -> list[str]:
-    """Return the letter for each byte in byte-level BPE: its own if that can be seen, else one from U+0100 on."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in seen else next(others)) for byte in range(256)]

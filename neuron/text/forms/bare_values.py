@@ -6,6 +6,7 @@ its types stays text: the client receives the model's output.
 """
 
 import collections
+import contextlib
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from neuron.text.history import is_deeper
+from neuron.text.schema_facts import value_at
 
 MAX_PARTS: Final = 64
 MAX_ALTERNATIVES: Final = 256
@@ -82,7 +84,8 @@ def _parts(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Mappi
             seen.add(id(part))
             yield part
             if isinstance(part.get("$ref"), str):
-                waiting.append(_target(part["$ref"], root))
+                with contextlib.suppress(LookupError):
+                    waiting.append(value_at(root, part["$ref"].removeprefix("#")))
             if isinstance(part.get("allOf"), list):
                 waiting += part["allOf"][:MAX_PARTS]
 
@@ -105,20 +108,6 @@ def _alternatives(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterato
             for key in ("anyOf", "oneOf"):
                 if isinstance(together.get(key), list):
                     waiting += together[key][:MAX_ALTERNATIVES]
-
-
-def _target(reference: str, root: Mapping[str, Any]) -> object:
-    """Return what a pointer within ``root`` leads to."""
-    found: Any = root
-    for step in reference.removeprefix("#").split("/")[1:]:
-        key = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, Mapping):
-            found = found.get(key)
-        elif isinstance(found, list) and key.isascii() and key.isdecimal() and int(key[:9]) < len(found):
-            found = found[int(key[:9])]
-        else:
-            return None
-    return found
 
 
 def _own_kinds(schema: Mapping[str, Any]) -> list[str]:

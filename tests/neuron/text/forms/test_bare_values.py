@@ -11,14 +11,14 @@ from neuron.text.forms.bare_values import as_json, kinds_of, property_schema
 @pytest.mark.parametrize("key", ["anyOf", "oneOf", "allOf"])
 def test_a_schema_that_refers_to_itself_many_times_is_looked_at_once(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = 0
-    target = bare_values._target
+    target = bare_values.value_at
 
-    def counted(reference: str, root: Any) -> object:
+    def counted(root: Any, place: str) -> object:
         nonlocal looks
         looks += 1
-        return target(reference, root)
+        return target(root, place)
 
-    monkeypatch.setattr(bare_values, "_target", counted)
+    monkeypatch.setattr(bare_values, "value_at", counted)
     around = {"$ref": "#/properties/x"}
     root = {"properties": {"x": around | {key: [dict(around) for _ in range(2_000)]}}}
     schema = property_schema(root, "x")
