@@ -10,6 +10,7 @@ and a chat template with reasoning. One thread is several times as quick as two 
 import argparse
 import functools
 import hashlib
+import importlib
 import json
 import math
 import pathlib
@@ -298,7 +299,7 @@ def train(kind: str, steps: int = STEPS) -> None:
     print(f"{len(text)} tokens of documents, {len(spoken)} of conversations")
 
     # Chunks of 16 tokens: the work within a chunk of 64 is most of a step of so small a model.
-    modelling = __import__(f"transformers.models.{kind}.modeling_{kind}", fromlist=[""])
+    modelling: Any = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     modelling.torch_chunk_gated_delta_rule = functools.partial(modelling.torch_chunk_gated_delta_rule, chunk_size=16)
     model = Trainee(kind)
     matrices = [values for values in model.parameters() if values.ndim > 1]
