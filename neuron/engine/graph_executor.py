@@ -189,6 +189,7 @@ class GraphExecutor:
 
     def _launch(self, bucket: _Bucket, plan: StepPlan) -> None:
         self._graphs.launch(bucket.graph)
+        self._eager.caches.copy_states(plan.state_saves)
         assert bucket.hidden is not None
         self._eager.save_hidden(bucket.hidden, plan)
 
@@ -200,6 +201,5 @@ def buckets(most: int) -> list[int]:
 
 def _is_decode(plan: StepPlan) -> bool:
     rows: Int32Array = plan.token_ids
-    copies = plan.state_loads.size or plan.state_saves.size
-    has_more = copies or len(plan.hidden_rows) or len(plan.replays) or len(plan.hidden_loads)
+    has_more = plan.state_loads.size or len(plan.hidden_rows) or len(plan.replays) or len(plan.hidden_loads)
     return len(rows) == plan.num_decodes == len(plan.sampled) and not has_more

@@ -61,7 +61,7 @@ class MultiStep:
         a sequence's next and returns how many there are.
         """
         step_s = self._step_timer.step_s(step.num_decodes)
-        if step_s is None or step.num_decodes != len(step.sequences):
+        if step_s is None or step.is_single or step.num_decodes != len(step.sequences):
             return 1
         count = min(int(MULTI_STEP_S / step_s), self._executor.max_steps, self._max_steps)
         if count < 2 or not self._qualifies(step.sequences):

@@ -69,6 +69,8 @@ class Step:
     """The sequences after them whose draft tokens are verified."""
     num_steps: int = 1
     """Number of decode steps, each with the tokens of the one before; more than one only if all sequences decode."""
+    is_single: bool = False
+    """Whether there may be one decode step only, as the state behind it is kept."""
 
 
 class Scheduler:
@@ -233,6 +235,8 @@ class Scheduler:
         sequences = [sequence for sequence in decoding if not len(sequence.drafts)]
         sequences.sort(key=operator.attrgetter("num_computed"), reverse=True)
         num_decodes = len(sequences)
+        states = self.cache.states
+        has_checkpoint = states is not None and sum(map(states.follow, sequences)) > 0
         counts = [1] * num_decodes
         for sequence in drafting:
             sequences.append(sequence)
@@ -262,7 +266,9 @@ class Scheduler:
                 sequences.append(sequence)
                 counts.append(count)
                 budget -= count
-        return Step(tuple(sequences), tuple(counts), num_decodes, len(drafting)) if sequences else None
+        if not sequences:
+            return None
+        return Step(tuple(sequences), tuple(counts), num_decodes, len(drafting), is_single=has_checkpoint)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Allocate a page for the next token of ``sequence``, preempting the youngest, or itself, if need be.

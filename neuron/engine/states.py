@@ -2,8 +2,8 @@
 
 A state belongs to an exact number of tokens and cannot be cut back, so a prefix is reused up to a *checkpoint*: a copy
 of the state, kept under the key of the page that ends there. Checkpoints are taken where chunks of prompts end, for
-which chunks are cut (:func:`checkpoint_places`). One is found once its tokens are settled. A preempted sequence loses
-its state and resumes like any other.
+which chunks are cut (:func:`checkpoint_places`), and in outputs behind every ``LEAST_PAGES``. One is found once its
+tokens are settled. A preempted sequence loses its state and resumes like any other.
 
 Slots come from one pool: a running sequence holds one, an idle checkpoint is a published page without references. The
 checkpoint that saves least makes room for both (:func:`retention`), and a page of keys and values is worth nothing
@@ -170,6 +170,21 @@ class States:
         if self.pool.num_free:
             self._unsettled[sequence.slot].append((end, self._allocate()))
 
+    def follow(self, sequence: Sequence) -> bool:
+        """Allocate a checkpoint if one is due behind the next token of an output; return whether it is.
+
+        A template that keeps all of an answer lets the next prompt resume there. It costs a copy for each
+        ``LEAST_PAGES``, and no slot of a checkpoint that saves more.
+        """
+        end = sequence.num_computed + 1
+        if end % (LEAST_PAGES * self._page_tokens) or not self._interval or not self.pool.num_free:
+            return False
+        own_rank = retention(self._evicted_rank, LEAST_PAGES, is_expected=False)
+        if not self.pool.num_blank and self._checkpoints[self._least()].rank > own_rank:
+            return False
+        self._unsettled[sequence.slot].append((end, self._allocate()))
+        return True
+
     def loads(self, slots: Collection[int]) -> Int32Array:
         """Return ``[2, N]`` the copies, from and to, with which sequences of these batch slots begin."""
         return _copies([(self._sources[slot], int(self.slots[slot])) for slot in slots if slot in self._sources])
@@ -216,8 +231,12 @@ class States:
     def _allocate(self) -> int:
         """Take a slot, from the idle checkpoint that saves least if none is blank."""
         if not self.pool.num_blank:
-            self._evict(min(self.pool.idle_keys(), key=lambda key: self._checkpoints[key].rank))
+            self._evict(self._least())
         return int(self.pool.allocate(1)[0])
+
+    def _least(self) -> bytes:
+        """Return the key of the idle checkpoint that saves least."""
+        return min(self.pool.idle_keys(), key=lambda key: self._checkpoints[key].rank)
 
     def _insert(self, keys: list[bytes], is_expected: bool) -> None:
         """Add the checkpoint behind the pages ``keys`` to the tree; only its use is new if it is there."""

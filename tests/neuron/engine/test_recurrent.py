@@ -128,7 +128,8 @@ def check(found: list[Outcome], expected: list[Outcome]) -> None:
 
 def cached(driver: Any) -> list[int]:
     """Return the tokens of each prompt that were found in the cache."""
-    return [row.prompt_cached for row in driver.rows if row.prompt_cached is not None]
+    found = {row.sequence: row.prompt_cached for row in driver.rows if row.prompt_cached is not None}
+    return [found[number] for number in sorted(found)]
 
 
 def alone(load: Callable[..., Any], prompts: list[list[int]], max_tokens: int = 12) -> list[Outcome]:
@@ -216,7 +217,7 @@ def test_a_sequence_resumes_from_the_longest_checkpoint(load: Callable[..., Any]
 
 
 def test_each_turn_of_a_conversation_resumes_where_the_last_prompt_ended(load: Callable[..., Any]) -> None:
-    """Beside another conversation; what was generated is computed again, as its text may have changed."""
+    """Or in what was generated, and beside another conversation."""
     driver = load(64)
     talks = [TEXT[:70], TEXT[30:110]]
     before = [0, 0]
@@ -225,6 +226,9 @@ def test_each_turn_of_a_conversation_resumes_where_the_last_prompt_ended(load: C
         assert cached(driver) == before
         ends = [(len(talk) - 1) // PAGE_TOKENS * PAGE_TOKENS for talk in talks]
         before = [end if end - start >= 64 else start for start, end in zip(before, ends, strict=True)]
+        # Of the outputs, all but the last token, states are kept at multiples of 64.
+        kept = [(len(talk) + 11) // 64 * 64 for talk in talks]
+        before = [max(at, end) if end > len(talk) else at for at, end, talk in zip(before, kept, talks, strict=True)]
         talks = [[*talk, *ids, *TEXT[7:37]] for talk, (ids, _) in zip(talks, found, strict=True)]
     check(ask(driver, talks), alone(load, talks))
 
@@ -246,6 +250,23 @@ def test_a_turn_without_its_reasoning_computes_less_than_a_page_again(load: Call
     for prompt, outcome, resumed in zip(prompts[1:], expected[1:], (144, 80), strict=True):
         check(ask(driver, [prompt]), [outcome])
         assert cached(driver) == [resumed]
+
+
+def test_a_turn_that_keeps_the_answer_resumes_in_it(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: multi_step.MULTI_STEP_S / 5.5)
+    monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: True)
+    others = [TEXT[9:100], TEXT[50:80]]
+    expected = alone(load, [PROMPT, *others], 120)
+    turns = [[*prompt, *ids, *TEXT[:40]] for prompt, (ids, _) in zip([PROMPT, *others], expected, strict=True)]
+    answers = alone(load, turns)
+    driver = load(64)
+    check(ask(driver, [PROMPT, *others], 120), expected)
+    resumed = []
+    for turn, answer in zip(turns, answers, strict=True):
+        check(ask(driver, [turn]), [answer])
+        resumed += cached(driver)
+    # All but the last token of an output are in the cache, and its states are kept behind each fourth page.
+    assert resumed == [256, 192, 128]
 
 
 @pytest.mark.parametrize("breakpoints", [(0,), (151,), (90, 60)])
