@@ -126,6 +126,7 @@ class DraftModel:
             slots=slots if sampled else NO_TOKENS,
             num_output=ends + self.shift - prompts if sampled else NO_TOKENS,
             hidden_rows=NO_TOKENS,
+            stops=np.empty((len(rows), 0), np.int32),
         )
 
 
