@@ -51,7 +51,7 @@ TURN_TOKENS, REASONING_TOKENS = 1850, 250
 CONTEXT_TOKENS: Final = 32768
 FILES: Final = pathlib.Path(__file__).parents[1] / "tests" / "data" / "qwen3_5"
 """Folder with the tokenizer and the chat template, of Qwen3.5's form."""
-SMALL_CACHE_BYTES: Final = 18 << 20
+SMALL_CACHE_BYTES: Final = 31 << 19
 """Cache of the hybrid model for 35,000 tokens, with states."""
 MODEL: Final = "m"
 TOOL: Final = {
