@@ -21,7 +21,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
         test-asgi test-slow test-commands test-clients test-fleet test-dashboard test-ops test-stub-cuda \
         test-native test-asan test-tsan soak dashboard-pictures \
         check-kernels check-numbers check-kernels-oldest kernels \
-        bench bench-cpu bench-engine bench-turns bench-regressions bench-gpu rehearse-gpu \
+        bench bench-cpu bench-hybrid bench-engine bench-turns bench-regressions bench-gpu rehearse-gpu \
         bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale \
         ops-tools srpm locks sbom
 
@@ -245,6 +245,9 @@ bench: $(if $(WHAT),bench-$(WHAT),$(VENV)/editable) ## small benchmarks; WHAT= c
 
 bench-cpu: $(VENV)/editable
 	PYTHONPATH=bench:tests/support $(BENCH) bench/cpu/run.py --keep --build-peer
+
+bench-hybrid: $(VENV)/editable
+	PYTHONPATH=bench:tests/support $(BENCH) bench/cpu/hybrid.py --keep
 
 bench-engine: $(VENV)/editable
 	PYTHONPATH=bench $(BENCH) bench/engine/streams.py --keep

@@ -48,12 +48,12 @@ def bandwidth(num_bytes: int = 256 << 20, repeats: int = 6) -> float:
 class Bench:
     """Engine, driven as by a device loop."""
 
-    def __init__(self, sampler: jobs.SamplerSettings, level: str = "") -> None:
+    def __init__(self, sampler: jobs.SamplerSettings, level: str = "", *, cpu_kernels: bool = True) -> None:
         self.sampler = sampler
         self.sent: list[jobs.FromWorker] = []
         free = 8 << 30
         # Without draft tokens every token takes a step.
-        settings = EngineSettings(speculation=False, cpu_level=level)
+        settings = EngineSettings(speculation=False, cpu_level=level, cpu_kernels=cpu_kernels)
         self.engine = Engine("cpu:0", self._take, lambda: (free, free), lambda: None, settings=settings)
 
     def _take(self, message: bytes) -> None:
