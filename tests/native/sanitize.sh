@@ -85,6 +85,8 @@ if [ "$kind" = thread ]; then
     tests=(tests/neuron/device/test_loop.py tests/neuron/device/test_channel.py)
     # The pool that all kernels run on.
     tests+=(tests/neuron/cpu_kernels/test_pool.py tests/neuron/cpu_kernels/test_step.py)
+    # All levels share out their work by the same code.
+    tests+=(-k "not avx")
     # The runtime holds signals back until a thread comes by, so waits are not interrupted; nothing there is shared.
     tests+=(--deselect tests/neuron/device/test_channel.py::test_an_interrupted_wait_goes_on)
 elif [ -d tests/cortex/_fast ]; then
