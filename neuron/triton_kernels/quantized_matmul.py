@@ -304,7 +304,8 @@ def quantized_tiles(num_rows: int, form: _Form, target: Target) -> Tiles:
             return Tiles(16, 32 if form.SUPER else 64, 64, 4, 3)
         return Tiles(16, 64, 64 if looked_up else 128, 4, 3)
     if num_rows <= 64:
-        return Tiles(64, 64, 64 if bulky or target.capability == 120 else 128, 8 if looked_up else 4, 3)
+        is_wide = looked_up or (form.SUPER > 0 and target.capability == 100)
+        return Tiles(64, 64, 64 if bulky or target.capability == 120 else 128, 8 if is_wide else 4, 3)
     return Tiles(128, 128, 64, 8, 3) if target.capability in (90, 100) else Tiles(64, 128, 64, 8, 2)
 
 
