@@ -14,9 +14,8 @@ import msgspec
 import orjson
 
 from cortex import gateway_client, preparation, report
-from cortex.gateway_client import GatewayError, ask
+from cortex.gateway_client import GatewayError, ask, read
 from cortex.known_models import KnownModel, known_models, search
-from cortex.preparation import read
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -40,7 +39,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _run(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    with gateway_client.reasons_alone(), preparation.of_gateway():
+    with gateway_client.reasons_alone(), gateway_client.of_gateway():
         return command(options)
 
 

@@ -39,6 +39,23 @@ class GatewayError(Exception):
 
 
 @contextlib.contextmanager
+def of_gateway() -> Iterator[None]:
+    """Raise :class:`GatewayError` for JSON that is read in the block and is not what a gateway answers."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise GatewayError(STRANGER) from None
+
+
+def read(answer: bytes) -> dict[str, Any]:
+    """Return a gateway's answer. Raises :class:`GatewayError` if it is no JSON object."""
+    with of_gateway():
+        found: dict[str, Any] = orjson.loads(answer)
+        found.keys()
+        return found
+
+
+@contextlib.contextmanager
 def reasons_alone() -> Iterator[None]:
     """Reduce the errors of the block to the gateway's own reasons, for commands that newcomers type."""
     try:

@@ -196,10 +196,8 @@ def _ask(options: argparse.Namespace, path: str, key: str, kind: type[T]) -> T:
 
 def _of_million(price: str) -> float:
     """Return the price of a million tokens, given that of one."""
-    try:
+    with gateway_client.of_gateway():
         return round(float(price) * 1e6, 9)
-    except ValueError:
-        raise GatewayError(gateway_client.STRANGER) from None
 
 
 def _write(setup: Setup, folder: pathlib.Path) -> None:

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import orjson
-
 from cortex import gateway_client, report
 from cortex.access import keys
 from cortex.gateway_client import GatewayError, ask
@@ -153,17 +151,14 @@ def _keys(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace, answer: bytes, member: str, show: Callable[[Any], object]) -> int:
     """Print a response, which must have ``member``. Raises :class:`GatewayError` for another server's."""
-    stranger = GatewayError(gateway_client.STRANGER)
-    try:
-        value = orjson.loads(answer)
-        if not isinstance(value, dict) or member not in value:
-            raise stranger
+    with gateway_client.of_gateway():
+        value = gateway_client.read(answer)
+        if member not in value:
+            raise KeyError(member)
         if options.json:
             sys.stdout.write(answer.decode() + "\n")
         else:
             show(value)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise stranger from None
     return 0
 
 

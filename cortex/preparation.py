@@ -4,17 +4,14 @@ What was chosen, where, how large it is and what was passed over goes to standar
 """
 
 import argparse
-import contextlib
 import pathlib
 import sys
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from cortex import report
-from cortex.gateway_client import GatewayError, ask
+from cortex.gateway_client import GatewayError, ask, of_gateway, read
 from cortex.load_watch import watched
 
 MAX_PASSED_OVER = 8
@@ -59,25 +56,6 @@ def fitted(options: argparse.Namespace, model: str) -> dict[str, Any]:
     name = str(pathlib.Path(model).expanduser().absolute()) if model.startswith((".", "~")) else model
     body: dict[str, Any] = {"model": name, "node": options.node, "context_tokens": options.context}
     return read(ask(options, "POST", "/admin/models/fit", body | ({"id": options.id} if options.id else {})))
-
-
-def read(answer: bytes) -> dict[str, Any]:
-    """Return a gateway's answer. Raises :class:`GatewayError` if it is no JSON object."""
-    with of_gateway():
-        found: dict[str, Any] = orjson.loads(answer)
-        found.keys()
-        return found
-
-
-@contextlib.contextmanager
-def of_gateway() -> Iterator[None]:
-    """Raise :class:`GatewayError` for JSON that is read in the block and is not what a gateway answers."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise GatewayError(
-            "what answers there is no gateway, or one of another version: its answer cannot be read"
-        ) from None
 
 
 def plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:

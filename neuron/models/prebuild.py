@@ -211,17 +211,22 @@ class _NoFile:
         """Do nothing."""
 
 
-def _distinct_layers(
-    config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard
-) -> tuple[ModelConfig, decoder.DecoderWeights]:
-    """Return the model with one layer of each kind: of window, and of its matrices' forms, on ``meta``."""
+def weights_on_meta(config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard) -> decoder.DecoderWeights:
+    """Return the weights that a load on a GPU makes, on ``meta``."""
     loading = decoder.load_decoder(_NoFile(config), dtype, torch.device("meta"), quant=quant, shard=shard)
     while True:
         try:
             next(loading)
         except StopIteration as finished:
             weights: decoder.DecoderWeights = finished.value
-            break
+            return weights
+
+
+def _distinct_layers(
+    config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard
+) -> tuple[ModelConfig, decoder.DecoderWeights]:
+    """Return the model with one layer of each kind: of window, and of its matrices' forms, on ``meta``."""
+    weights = weights_on_meta(config, dtype, quant, shard)
     kinds = {
         (isinstance(layer, Attention) and bool(layer.window_tokens), repr(own)): (layer, own)
         for layer, own in zip(config.layers, weights.layers, strict=True)

@@ -7,10 +7,10 @@ import pathlib
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
+import loopback
 import orjson
 import pytest
 from daemons import free_port
@@ -152,14 +152,8 @@ def answering(body: bytes, status: int = 200) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with loopback.serving(Handler) as url:
+        yield url
 
 
 COMMANDS = [["status"], ["models"], ["keys"], ["load", "m"], ["unload", "m"], ["pin", "m"], ["forget", "m"],

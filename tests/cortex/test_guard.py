@@ -8,13 +8,13 @@ import pathlib
 import stat
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import daemons
+import loopback
 import pytest
 from asgi_call import Call
 from asgi_client import ask
@@ -301,15 +301,8 @@ def proxy(to: int) -> Iterator[str]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with loopback.serving(Handler) as url:
+        yield url
 
 
 def status_of(url: str, data: bytes | None = None, **headers: str) -> int:

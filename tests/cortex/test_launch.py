@@ -11,11 +11,11 @@ import pathlib
 import stat
 import subprocess
 import sys
-import threading
 import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import loopback
 import pytest
 from daemons import free_port
 
@@ -52,14 +52,8 @@ def serving(*models: Mapping[str, Any], key: str = "") -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with loopback.serving(Handler) as url:
+        yield url
 
 
 class Home:

@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import http.server
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+import loopback
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -81,16 +82,8 @@ def serve_files() -> Iterator[FileServer]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    site.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with loopback.serving(Handler) as site.address:
         yield site
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def publish_repository(site: FileServer, files: Mapping[str, bytes], name: str = "tiny/model") -> None:

@@ -3,12 +3,17 @@
 As transformers starts them, a state forgets within a token, and its loss would not show.
 """
 
+import itertools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
+from neuron.layers.cache import SequenceState
+from neuron.models.decoder import Decoder
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 77, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -97,3 +102,17 @@ def remember(name: str, values: torch.Tensor) -> None:
             values.normal_(std=0.3)
         case _:
             values.normal_(std=0.16)
+
+
+def forgetting(tensor: int) -> Callable[..., torch.Tensor]:
+    """Return :meth:`Decoder.hidden` that zeroes a tensor of each state, by its number, before the sixth step."""
+    hidden, steps = Decoder.hidden, itertools.count()
+
+    def forgetful(self: Decoder, token_ids: torch.Tensor, batches: Any, caches: Any) -> torch.Tensor:
+        if next(steps) == 5:
+            for kind, cache in zip(self.config.caches(), caches, strict=True):
+                if isinstance(kind, SequenceState):
+                    cache[tensor].zero_()
+        return hidden(self, token_ids, batches, caches)
+
+    return forgetful

@@ -1,7 +1,6 @@
 """Models of gated delta nets and gated attention against transformers: logits, however a prompt is divided."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import pytest
 import torch
 import transformers
 from hybrid_gguf import write_gguf
-from hybrid_models import CONFIG, make_model
+from hybrid_models import CONFIG, forgetting, make_model
 
 from cortex.wire.errors import ApiError
 from neuron.cpu_kernels import native
@@ -79,16 +78,7 @@ def test_a_lost_state_shows(
     """The comparison notices a state that is zeroed before one of the steps of an answer."""
     path, prompts, expected = case
     set_engine(cpu_kernels=False)
-    hidden, steps = Decoder.hidden, itertools.count()
-
-    def forgetting(self: Decoder, token_ids: torch.Tensor, batches: Any, caches: Any) -> torch.Tensor:
-        if next(steps) == 5:
-            for kind, cache in zip(self.config.caches(), caches, strict=True):
-                if isinstance(kind, SequenceState):
-                    cache[tensor].zero_()
-        return hidden(self, token_ids, batches, caches)
-
-    monkeypatch.setattr(Decoder, "hidden", forgetting)
+    monkeypatch.setattr(Decoder, "hidden", forgetting(tensor))
     found = run_engine(harness, path, prompts[4:5], 512, NUM_TOKENS)
     with pytest.raises(AssertionError):
         check(found, expected[4:5])

@@ -12,7 +12,7 @@ from neuron.layers.cache import MAX_DRAFTS, SequenceState
 from neuron.layers.draft_head import DraftHead
 from neuron.layers.shard import WHOLE, Shard
 from neuron.layers.step import Linear
-from neuron.models import decoder, prebuild, quantization
+from neuron.models import prebuild, quantization
 from neuron.models.config import read_config
 from neuron.models.errors import DoesNotFitError
 from neuron.models.sizing import least_bytes, plan_memory
@@ -50,7 +50,7 @@ def test_a_preflight_asks_for_what_a_load_takes(name: str, form: str) -> None:
     period = dataclasses.replace(config, blocks=config.blocks[:4])
     config = config if form == quantization.NONE else period
     for shard in (WHOLE, Shard(1, 2)):
-        assert weights_on_meta(period, quant, shard) == quantization.weights_bytes(period, "bfloat16", quant, shard)
+        assert bytes_on_meta(period, quant, shard) == quantization.weights_bytes(period, "bfloat16", quant, shard)
     spec = ModelSpec("m", name)
     needed = least_bytes(config, spec, "cuda:0")
     plan = plan_memory(config, spec, "cuda:0", needed)
@@ -60,17 +60,9 @@ def test_a_preflight_asks_for_what_a_load_takes(name: str, form: str) -> None:
         plan_memory(config, spec, "cuda:0", needed - 1)
 
 
-def weights_on_meta(config: Any, quant: str, shard: Shard) -> int:
+def bytes_on_meta(config: Any, quant: str, shard: Shard) -> int:
     """Return the bytes of the tensors that a load makes."""
-    loading = decoder.load_decoder(
-        prebuild._NoFile(config), torch.bfloat16, torch.device("meta"), quant=quant, shard=shard
-    )
-    while True:
-        try:
-            next(loading)
-        except StopIteration as finished:
-            weights: decoder.DecoderWeights = finished.value
-            break
+    weights = prebuild.weights_on_meta(config, torch.bfloat16, quant, shard)
     arrays: dict[int, int] = {}
     for layer in (weights.embedding, *weights.layers, weights.head):
         for loaded in layer.values():

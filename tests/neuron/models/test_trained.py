@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from neuron.engine.speculation import Speculation
-from neuron.layers.cache import SequenceState
 from neuron.models import packed
 from neuron.models.config import read_config
 from neuron.models.decoder import Decoder
@@ -153,20 +152,11 @@ def test_it_answers_with_and_without_reasoning(
 def test_a_lost_state_changes_the_text(
     trained: Trained, engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tensor: int
 ) -> None:
-    hidden, steps = Decoder.hidden, itertools.count()
-
-    def forgetting(self: Decoder, token_ids: torch.Tensor, batches: Any, caches: Any) -> torch.Tensor:
-        if next(steps) == 5:
-            for kind, cache in zip(self.config.caches(), caches, strict=True):
-                if isinstance(kind, SequenceState):
-                    cache[tensor].zero_()
-        return hidden(self, token_ids, batches, caches)
-
     (prompt,) = trained.prompts(150)
     driver = engine()
     driver.load(trained.path, prefix_cache=False)
     before = driver.output_alone(prompt, NUM_TOKENS)
-    monkeypatch.setattr(Decoder, "hidden", forgetting)
+    monkeypatch.setattr(Decoder, "hidden", hybrid_models.forgetting(tensor))
     assert driver.output_alone(prompt, NUM_TOKENS) != before
 
 
