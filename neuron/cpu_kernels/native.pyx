@@ -282,8 +282,10 @@ cdef class Matrix:
     cdef object _kept
 
     def __cinit__(self, const unsigned char[::1] packed, int format, int rows, int columns, const float[::1] bias=None):
-        if not W4 <= format <= W32 or rows < 1 or columns < 1 or (format <= W8 and columns % 32):
+        if not W4 <= format <= W32 or rows < 1 or columns < 1:
             raise ValueError(f"no matrix [{rows}, {columns}] of format {format}")
+        if format <= W8 and columns % 32:
+            raise UnsupportedError(f"quantised rows of {columns} elements are no whole groups of 32")
         padded = round_up(rows, BLOCK_ROWS)
         if packed is not None and packed.shape[0] != padded // BLOCK_ROWS * <Py_ssize_t>block_bytes(format, columns):
             raise ValueError(f"{packed.shape[0]} bytes are no matrix [{rows}, {columns}] of format {format}")

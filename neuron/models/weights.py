@@ -350,6 +350,11 @@ class GgufSource(MappedFiles):
         """Dequantise into ``destination``, piece by piece."""
         tensor = self._tensors[name]
         if len(tensor.shape) == 1:
+            if KINDS[tensor.kind] not in FLOATS:
+                kind = name_of(tensor.kind)
+                raise CorruptWeightsError(
+                    tensor.file, f"{tensor.name} is a vector, and its elements are in {kind} blocks"
+                )
             values = self.read_stored(name).values(tensor.shape[0], 0, tensor.shape[0])
             transfer.copy(values[first_row : first_row + len(destination)], destination)
             return

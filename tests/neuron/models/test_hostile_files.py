@@ -1,5 +1,6 @@
 """Hostile model files: each is refused with a typed error, soon, and in little memory."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from model_files import (
     check_config,
     check_weights,
     gguf_file,
+    model_of,
     mutated,
     safetensors_file,
     string,
@@ -30,8 +32,11 @@ from model_files import (
 
 from cortex.wire.errors import ErrorInfo
 from neuron.formats.registry import STORED_FORMATS
+from neuron.models import packed
 from neuron.models.gguf import TensorKind
 from neuron.models.model import ModelConfig
+
+KEPT = pathlib.Path(__file__).parents[2] / "fuzz" / "corpus" / "gguf"
 
 MOST_BYTES = 400 << 20
 """Most memory of a reader: a header of the largest size, as Python objects."""
@@ -70,6 +75,29 @@ def test_a_tensor_of_a_kind_that_cannot_be_read_is_named(tmp_path: pathlib.Path,
         "unsupported_quantization",
         True,
     )
+
+
+@pytest.mark.parametrize("path", sorted(KEPT.iterdir()), ids=lambda path: path.name)
+def test_the_kept_files_of_the_fuzzer_are_read_or_refused(tmp_path: pathlib.Path, path: pathlib.Path) -> None:
+    for weights in (False, True):
+        check_bytes({"model.gguf": path.read_bytes()}, tmp_path, weights=weights)
+
+
+def test_a_vector_in_blocks_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    old, whole = string(b"output_norm.weight") + struct.pack("<IQI", 1, 256, 0), gguf_file(TensorKind.Q4_K)
+    assert old in whole
+    data = whole.replace(old, old[:-4] + struct.pack("<I", TensorKind.Q4_K))
+    found = check_bytes({"model.gguf": data}, tmp_path, weights=True)
+    assert isinstance(found, ErrorInfo)
+    assert (found.code, "output_norm.weight is a vector" in found.message) == ("corrupt_weights", True)
+
+
+def test_rows_that_are_no_whole_groups_are_for_the_eager_path(tmp_path: pathlib.Path) -> None:
+    config = model_of("llama", hidden_size=84, num_attention_heads=2, num_hidden_layers=1, vocab_size=32)
+    assert packed.obstacle(config) is None
+    kinds = dict.fromkeys(config.tensors(), TensorKind.Q8_0)
+    found = packed.obstacle(dataclasses.replace(config, tensor_kinds=kinds))
+    assert found == "llama is not for the kernels: quantised rows of 84 elements are no whole groups of 32"
 
 
 @pytest.mark.parametrize(
