@@ -21,8 +21,8 @@ BLOCK_HIDDEN: Final = 1024
 LEAST: Final = 1e-20
 """Number added to a sum of weights before it divides, as in the models' own code."""
 SMALL = tl.constexpr(LEAST)
-ABSENT, TAKEN = tl.constexpr(-1e30), tl.constexpr(-2e30)
-"""Weights of experts that are not there, and of those already taken."""
+UNORDERED, ABSENT, TAKEN = tl.constexpr(-1e29), tl.constexpr(-1e30), tl.constexpr(-2e30)
+"""Weights of experts that are NaN, of those that are not there, and of those already taken."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class Picks(NamedTuple):
 def route(scores: torch.Tensor, picks: Picks, correction: torch.Tensor | None = None) -> Routing:
     """Choose experts for each token from router ``scores`` ``[T, E]``; ``correction`` ``[E]`` is float32.
 
-    Kernels take the lower number first among equally likely experts, torch any.
+    Kernels take the lower number first among equally likely experts, torch any. A row with a NaN gets experts, too; its
+    weights are NaN.
     """
     choices = picks.choices
     shares = scores.float().sigmoid() if picks.sigmoid else scores.float().softmax(-1)
@@ -113,6 +114,8 @@ def _route_kernel(
     wanted = share
     if correction is not None:
         wanted += tl.load(correction + e, mask=e < E, other=0.0)[None, :]
+    # Each row must take CHOICES experts, or entries of the order stay unwritten and the matmuls use any rows.
+    wanted = tl.where(wanted == wanted, wanted, UNORDERED)
     wanted = tl.where((e < E)[None, :], wanted, ABSENT)
     if NUM_GROUPS > 1:
         wanted = _group_choices(wanted, e, NUM_GROUPS, TOP_GROUPS, E // NUM_GROUPS)

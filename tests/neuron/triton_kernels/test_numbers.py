@@ -56,3 +56,42 @@ def test_the_check_sees_a_wrong_number() -> None:
     )
     assert done.returncode != 0
     assert "FAIL gated activation" in done.stdout
+
+
+def test_rows_of_nan_scores_get_experts() -> None:
+    """All entries of the order are written, or the experts' matmuls would use rows of other sequences.
+
+    The interpreter's argmax is numpy's, which finds a NaN; a GPU's reduction compares, and every comparison is false.
+    """
+    code = (
+        "import numpy\n"
+        "import torch\n"
+        "def argmax(values, axis, keepdims):\n"
+        "    best, *others = numpy.moveaxis(values, axis, 0)\n"
+        "    found = numpy.zeros(best.shape, numpy.int64)\n"
+        "    for at, other in enumerate(others, 1):\n"
+        "        kept = (best > other) | (best == other)\n"
+        "        best, found = numpy.where(kept, best, other), numpy.where(kept, found, at)\n"
+        "    return found\n"
+        "numpy.argmax = argmax\n"
+        "from neuron.triton_kernels.moe_routing import Picks, route\n"
+        "from neuron.triton_kernels import moe_routing\n"
+        "empty = torch.empty\n"
+        "moe_routing.torch.empty = lambda *shape, **how: empty(*shape, **how).fill_(-7)\n"
+        "for picks in (Picks(3), Picks(2, sigmoid=True, num_groups=4, top_groups=2), Picks(8)):\n"
+        "    for bad in (float('nan'), float('inf'), -float('inf')):\n"
+        "        scores = torch.randn(9, 8, generator=torch.Generator().manual_seed(1))\n"
+        "        clean = route.triton(scores.half(), picks)\n"
+        "        scores[2], scores[5, 1], scores[7, :4] = bad, float('nan'), bad\n"
+        "        found = route.triton(scores.half(), picks)\n"
+        "        pairs = 9 * picks.choices\n"
+        "        assert found.order.sort().values.tolist() == list(range(pairs)), found.order\n"
+        "        assert found.starts[0] == 0 and found.starts[-1] == pairs and (found.starts.diff() >= 0).all()\n"
+        "        kept = [row for row in range(9) if row not in (2, 5, 7)]\n"
+        "        by_row = lambda routing: routing.weights.view(9, -1)[kept]\n"
+        "        assert torch.equal(by_row(found), by_row(clean))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
