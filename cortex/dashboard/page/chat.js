@@ -1,90 +1,28 @@
-// A conversation with a model, or the same with two side by side: text, reasoning and calls as they arrive. Text is never
-// rendered as markup.
+// The playground: a conversation with a model, or the same with two side by side, its settings, and its requests as code.
 
 import { toast } from "./acts.js";
-import { dialects, EXAMPLE_SCHEMA, EXAMPLE_TOOL, readSchema, readTools } from "./dialects.js";
-import { $, h, text } from "./dom.js";
+import { Answer, Turn } from "./answer.js";
+import { dialects, EXAMPLE_SCHEMA, EXAMPLE_TOOL, readSchema, readTools, signature } from "./dialects.js";
+import { $, attribute, h, text } from "./dom.js";
 import { sseEvents } from "./events.js";
 import { exports } from "./export.js";
 import { cost, count, dollars, seconds } from "./format.js";
 import { ask, complaint, key } from "./session.js";
 import { byName } from "./store.js";
 
-const NEAR_END_PX = 40;
-
-// One streamed answer. The deltas between two animation frames are drawn once.
-class Answer {
-  constructor(talk, model) {
-    this.talk = talk;
-    this.text = "";
-    this.thought = "";
-    this.calls = new Map();
-    this.reasoning = h("pre.reasoning");
-    this.thinking = h("details.thinking", {}, h("summary", {}, "Reasoning"), this.reasoning);
-    this.thinking.hidden = true;
-    this.body = h("pre.text");
-    this.list = h("div.calls");
-    this.foot = h("p.cost", {}, "Waiting …");
-    this.element = h("article.message.assistant", {}, h("h3", {}, model), this.thinking, this.body, this.list, this.foot);
-    this.waiting = false;
-  }
-
-  take(kind, ...given) {
-    if (kind === "text") this.text += given[0];
-    else if (kind === "reasoning") this.thought += given[0];
-    else if (kind === "call") this.calls.set(given[0], { name: given[1], arguments: "", element: null });
-    else if (kind === "argument" && this.calls.has(given[0])) this.calls.get(given[0]).arguments += given[1];
-    if (!this.waiting) {
-      this.waiting = true;
-      // A hidden page gets no animation frames; the answer is written all the same.
-      if (document.hidden) setTimeout(() => this.draw(), 200);
-      else requestAnimationFrame(() => this.draw());
-    }
-  }
-
-  // While the model is being loaded, the gateway sends the progress in comments.
-  wait(comment) {
-    const [, percent] = /^loading .* (\d+)%$/.exec(comment) ?? [];
-    if (percent) text(this.foot, `Loading the model, ${percent} % …`);
-  }
-
-  draw() {
-    this.waiting = false;
-    const { talk } = this;
-    const follow = talk.scrollHeight - talk.scrollTop - talk.clientHeight < NEAR_END_PX;
-    text(this.body, this.text);
-    text(this.reasoning, this.thought);
-    if (this.thought && this.thinking.hidden) { this.thinking.hidden = false; this.thinking.open = true; }
-    for (const call of this.calls.values()) {
-      if (!call.element) {
-        call.element = h("pre");
-        this.list.append(h("div.call", {}, h("p", {}, "Calls ", h("code", {}, call.name)), call.element));
-      }
-      text(call.element, call.arguments);
-    }
-    if (follow) talk.scrollTop = talk.scrollHeight;
-  }
-}
-
-// A message of the user and its answers, one of each model: a row of the conversation.
-class Turn {
-  constructor(message) {
-    this.message = message;
-    this.answers = [];
-    this.row = h("div.answers");
-    this.element = h("div.turn", {}, h("article.message.user", {}, h("h3", {}, "You"), h("pre.text", {}, message)), this.row);
-  }
-
-  begin(talk, models) {
-    this.answers = models.map((model) => new Answer(talk, model));
-    this.row.replaceChildren(...this.answers.map(({ element }) => element));
-  }
-
-  // The text of a model's answer, or of the other's where only one was asked.
-  text(column) { return (this.answers[column] ?? this.answers[0])?.text ?? ""; }
-}
+const NARROW_PX = 760; // as the style has it
 
 const numberIn = (id) => ($(id).value === "" ? null : Number($(id).value));
+
+// Show what is written in a field of JSON, or its fault, under it.
+function tell(id, read, words) {
+  let told = "";
+  let fault = "";
+  try { told = words(read($(id).value)); } catch (error) { fault = error.message; }
+  text($(`${id}-told`), fault || told);
+  $(`${id}-told`).classList.toggle("fault", Boolean(fault));
+  attribute($(id), "aria-invalid", fault ? "true" : null);
+}
 
 export class Chat {
   constructor() {
@@ -92,6 +30,7 @@ export class Chat {
     this.abort = null;
     this.last = null;
     this.pricing = new Map();
+    this.results = new Map();
     this.talk = $("talk");
     this.empty = this.talk.firstElementChild;
     $("chat-dialect").append(...dialects.map(({ name }, index) => h("option", { value: index }, name)));
@@ -105,8 +44,31 @@ export class Chat {
     $("chat-code").addEventListener("click", () => this.showCode());
     $("code-kind").addEventListener("change", () => this.writeCode());
     $("code-copy").addEventListener("click", () => this.copyCode());
-    $("chat-example").addEventListener("click", () => { $("chat-tools").value = JSON.stringify(EXAMPLE_TOOL, null, 2); });
-    $("chat-schema-example").addEventListener("click", () => { $("chat-schema").value = JSON.stringify(EXAMPLE_SCHEMA, null, 2); });
+    $("chat-example").addEventListener("click", () => this.fill("chat-tools", EXAMPLE_TOOL));
+    $("chat-schema-example").addEventListener("click", () => this.fill("chat-schema", EXAMPLE_SCHEMA));
+    $("chat-settings").addEventListener("input", () => this.tellSettings());
+    $("chat-expand").addEventListener("click", () => this.expand());
+  }
+
+  fill(id, example) {
+    $(id).value = JSON.stringify(example, null, 2);
+    this.tellSettings();
+  }
+
+  // Give the playground the whole page, with its settings beside the conversation, or its place beside the fleet.
+  expand() {
+    const is = document.body.classList.toggle("playing");
+    attribute($("chat-expand"), "aria-pressed", is);
+    if (is && innerWidth > NARROW_PX) $("chat-more").open = true;
+    $("chat").scrollIntoView({ block: "nearest" });
+  }
+
+  // Say which settings are in force, in the line that hides or shows them.
+  tellSettings() {
+    tell("chat-schema", readSchema, (schema) => (schema ? Object.keys(schema.properties ?? {}).join(", ") : ""));
+    tell("chat-tools", readTools, (tools) => tools.map(signature).join(", "));
+    const names = { system: "system prompt", temperature: "temperature", "top-p": "top p", schema: "schema", tools: "tools" };
+    text($("chat-set"), Object.keys(names).filter((name) => $(`chat-${name}`).value.trim()).map((name) => names[name]).join(" · "));
   }
 
   // Fetch the models that the signed-in key may use.
@@ -142,6 +104,7 @@ export class Chat {
     this.stop();
     this.turns = [];
     this.last = null;
+    this.results.clear();
     this.talk.replaceChildren(this.empty);
     this.offer();
   }
@@ -163,6 +126,7 @@ export class Chat {
         models, dialect: dialects[Number($("chat-dialect").value)], system: $("chat-system").value.trim(),
         limit: Number($("chat-limit").value) || 0, temperature: numberIn("chat-temperature"), topP: numberIn("chat-top-p"),
         schema: readSchema($("chat-schema").value), tools: readTools($("chat-tools").value),
+        choice: $("chat-choice").value,
       };
     } catch (error) { toast(error.message, "bad"); return null; }
   }
@@ -185,22 +149,36 @@ export class Chat {
     if (settings) await this.run(this.turns.at(-1), settings);
   }
 
-  async run(turn, { models, dialect, ...settings }) {
+  async run(turn, { models, ...settings }) {
+    const go = (answer, give) => this.goOn(turn, answer, give);
+    turn.begin(models.map((model) => new Answer(this.talk, model, this.results, go)));
+    await this.ask(turn, turn.answers, settings);
+  }
+
+  // Go on with an answer whose calls have their results; `give` takes these.
+  async goOn(turn, answer, give) {
+    if (this.abort) { toast("Another answer is being written.", "busy"); return; }
+    const settings = this.settings();
+    if (!settings) return;
+    give();
+    await this.ask(turn, [answer], settings);
+    if (document.activeElement === document.body) $("chat-text").focus(); // the button that had the focus is gone
+  }
+
+  // Have answers to a message written, each by its model after its own history.
+  async ask(turn, answers, { dialect, ...settings }) {
     const abort = (this.abort = new AbortController());
     const before = this.turns.slice(0, this.turns.indexOf(turn));
-    turn.begin(this.talk, models);
     this.talk.scrollTop = this.talk.scrollHeight;
     text($("chat-send"), "Stop");
-    const bodies = models.map((model, column) => {
-      // A message without an answer would leave two of the user's in a row.
-      const messages = before.filter((earlier) => earlier.text(column)).flatMap((earlier) => [
-        { role: "user", text: earlier.message }, { role: "assistant", text: earlier.text(column) },
-      ]);
-      return dialect.body({ ...settings, model, messages: [...messages, { role: "user", text: turn.message }] });
+    const bodies = answers.map((answer) => {
+      const column = turn.answers.indexOf(answer);
+      const messages = [...before.flatMap((earlier) => earlier.history(column)), { role: "user", text: turn.message }, ...answer.history()];
+      return dialect.body({ ...settings, model: answer.model, messages });
     });
     this.last = { dialect, body: bodies[0] };
     this.offer();
-    await Promise.all(turn.answers.map((answer, column) => this.follow(dialect, bodies[column], answer, abort)));
+    await Promise.all(answers.map((answer, index) => this.follow(dialect, bodies[index], answer, abort)));
     if (this.abort === abort) this.abort = null;
     text($("chat-send"), "Send");
     this.offer();
@@ -228,11 +206,12 @@ export class Chat {
 
   async follow(dialect, body, answer, abort) {
     const began = performance.now();
+    const step = answer.begin();
     let first = null;
     let usage = null;
     let reason = "";
     let failure = "";
-    const note = (kind) => (...given) => { first ??= performance.now(); answer.take(kind, ...given); };
+    const note = (kind) => (...given) => { first ??= performance.now(); step.take(kind, ...given); };
     const on = {
       text: note("text"), reasoning: note("reasoning"), call: note("call"), argument: note("argument"),
       usage: (given) => { usage = given; }, finish: (given) => { reason = given ?? ""; }, fail: (message) => { failure = message; },
@@ -243,28 +222,26 @@ export class Chat {
         headers: { "content-type": "application/json", ...(dialect.path === "v1/messages" && { "anthropic-version": "2023-06-01" }) },
       });
       if (!reply.ok) failure = await complaint(reply);
-      else for await (const event of sseEvents(reply, { onComment: (comment) => answer.wait(comment) })) dialect.read(event, on);
+      else for await (const event of sseEvents(reply, { onComment: (comment) => step.wait(comment) })) dialect.read(event, on);
       if (!failure && !reason) failure = "The answer broke off.";
     } catch {
       if (abort.signal.aborted) reason = "stopped";
       else failure = "The gateway does not answer.";
     }
-    answer.draw();
-    this.tell(answer, { began, first, usage, reason, failure, price: usage && cost(this.pricing.get(body.model), usage) });
+    const price = usage && cost(this.pricing.get(body.model), usage);
+    const line = failure || figures({ began, first, usage, reason, price });
+    answer.end(step, line, Boolean(failure), !abort.signal.aborted);
   }
+}
 
-  // The usage, timing and cost of the answer, under it.
-  tell(answer, { began, first, usage, reason, failure, price }) {
-    const now = performance.now();
-    const parts = [];
-    if (first !== null) parts.push(`first token ${seconds((first - began) / 1000)}`);
-    if (usage?.output > 1 && first !== null && now > first) parts.push(`${count(Math.round((10000 * (usage.output - 1)) / (now - first)) / 10)} tokens/s`);
-    if (usage) parts.push(`${count(usage.input ?? 0)} in${usage.cached ? ` (${count(usage.cached)} cached)` : ""}, ${count(usage.output ?? 0)} out`);
-    if (price !== null) parts.push(dollars(price));
-    if (reason) parts.push(reason);
-    text(answer.foot, failure || parts.join(" · "));
-    answer.foot.classList.toggle("fault", Boolean(failure));
-    answer.element.dataset.done = failure ? "failed" : "yes";
-    if (answer.text) answer.thinking.open = false; // its answer is what one reads now
-  }
+// The timing, usage and cost of a step, and why it ended.
+function figures({ began, first, usage, reason, price }) {
+  const now = performance.now();
+  const parts = [];
+  if (first !== null) parts.push(`first token ${seconds((first - began) / 1000)}`);
+  if (usage?.output > 1 && first !== null && now > first) parts.push(`${count(Math.round((10000 * (usage.output - 1)) / (now - first)) / 10)} tokens/s`);
+  if (usage) parts.push(`${count(usage.input ?? 0)} in${usage.cached ? ` (${count(usage.cached)} cached)` : ""}, ${count(usage.output ?? 0)} out`);
+  if (price !== null) parts.push(dollars(price));
+  if (reason) parts.push(reason);
+  return parts.join(" · ");
 }

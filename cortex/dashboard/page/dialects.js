@@ -1,21 +1,29 @@
 // The three dialects: their request bodies, and the readers of their SSE events. Pure.
 //
-// A reader takes an SSE event and calls its callbacks: text(delta), reasoning(delta), call(index, name), argument(index,
-// delta), usage({input, output, cached}), finish(reason), fail(message).
+// A conversation is a list of {role, text, calls}: a message of the user, or one of the model with its calls, each {id,
+// name, arguments, result}. A reader takes an SSE event and calls its callbacks: text(delta), reasoning(delta),
+// call(index, name, id), argument(index, delta), usage({input, output, cached}), finish(reason), fail(message).
 
-const toMessages = (messages) => messages.filter((message) => message.text).map(({ role, text }) => ({ role, content: text }));
+const chatMessages = ({ role, text, calls = [] }) => [
+  {
+    role,
+    content: text,
+    ...(calls.length && { tool_calls: calls.map(({ id, name, arguments: given }) => ({ id, type: "function", function: { name, arguments: given } })) }),
+  },
+  ...calls.map(({ id, result }) => ({ role: "tool", tool_call_id: id, content: result })),
+];
 
-function chat({ model, system, messages, limit, temperature, topP, schema, tools }) {
+function chat({ model, system, messages, limit, temperature, topP, schema, tools, choice }) {
   return {
     model,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...toMessages(messages)],
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages.flatMap(chatMessages)],
     stream: true,
     stream_options: { include_usage: true },
     ...(limit && { max_completion_tokens: limit }),
     ...(temperature !== null && { temperature }),
     ...(topP !== null && { top_p: topP }),
     ...(schema && { response_format: { type: "json_schema", json_schema: { name: "answer", schema } } }),
-    ...(tools.length && { tools: tools.map((tool) => ({ type: "function", function: tool })) }),
+    ...(tools.length && { tools: tools.map((tool) => ({ type: "function", function: tool })), ...(choice && { tool_choice: choice }) }),
   };
 }
 
@@ -27,7 +35,7 @@ function readChat({ data }, on) {
     if (delta.reasoning_content) on.reasoning(delta.reasoning_content);
     if (delta.content) on.text(delta.content);
     for (const call of delta.tool_calls ?? []) {
-      if (call.function?.name) on.call(call.index, call.function.name);
+      if (call.function?.name) on.call(call.index, call.function.name, call.id);
       if (call.function?.arguments) on.argument(call.index, call.function.arguments);
     }
     if (reason) on.finish(reason);
@@ -40,18 +48,24 @@ function readChat({ data }, on) {
   }
 }
 
-function responses({ model, system, messages, limit, temperature, topP, schema, tools }) {
+const responsesItems = ({ role, text, calls = [] }) => [
+  ...(text ? [{ role, content: text }] : []),
+  ...calls.map(({ id, name, arguments: given }) => ({ type: "function_call", call_id: id, name, arguments: given })),
+  ...calls.map(({ id, result }) => ({ type: "function_call_output", call_id: id, output: result })),
+];
+
+function responses({ model, system, messages, limit, temperature, topP, schema, tools, choice }) {
   return {
     model,
     ...(system && { instructions: system }),
-    input: toMessages(messages),
+    input: messages.flatMap(responsesItems),
     stream: true,
     store: false,
     ...(limit && { max_output_tokens: limit }),
     ...(temperature !== null && { temperature }),
     ...(topP !== null && { top_p: topP }),
     ...(schema && { text: { format: { type: "json_schema", name: "answer", schema } } }),
-    ...(tools.length && { tools: tools.map((tool) => ({ type: "function", ...tool })) }),
+    ...(tools.length && { tools: tools.map((tool) => ({ type: "function", ...tool })), ...(choice && { tool_choice: choice }) }),
   };
 }
 
@@ -63,7 +77,7 @@ function readResponses({ data }, on) {
     case "response.reasoning_text.delta":
     case "response.reasoning_summary_text.delta": on.reasoning(event.delta); break;
     case "response.output_item.added":
-      if (event.item.type === "function_call") on.call(event.output_index, event.item.name);
+      if (event.item.type === "function_call") on.call(event.output_index, event.item.name, event.item.call_id);
       break;
     case "response.function_call_arguments.delta": on.argument(event.output_index, event.delta); break;
     case "response.completed":
@@ -80,11 +94,28 @@ function readResponses({ data }, on) {
   }
 }
 
-function messages({ model, system, messages, limit, temperature, topP, schema, tools }) {
+// A model may write arguments that are no object; here they have to be one.
+function objectOf(given) {
+  try {
+    const parsed = JSON.parse(given);
+    return parsed !== null && typeof parsed === "object" && !Array.isArray(parsed) ? parsed : {};
+  } catch { return {}; }
+}
+
+const anthropicMessages = ({ role, text, calls = [] }) => {
+  if (!calls.length) return [{ role, content: text }];
+  const used = calls.map(({ id, name, arguments: given }) => ({ type: "tool_use", id, name, input: objectOf(given) }));
+  return [
+    { role, content: [...(text ? [{ type: "text", text }] : []), ...used] },
+    { role: "user", content: calls.map(({ id, result }) => ({ type: "tool_result", tool_use_id: id, content: result })) },
+  ];
+};
+
+function messages({ model, system, messages, limit, temperature, topP, schema, tools, choice }) {
   return {
     model,
     ...(system && { system }),
-    messages: toMessages(messages),
+    messages: messages.flatMap(anthropicMessages),
     stream: true,
     max_tokens: limit || 4096, // this dialect asks for a limit
     ...(temperature !== null && { temperature: Math.min(1, temperature) }),
@@ -92,6 +123,7 @@ function messages({ model, system, messages, limit, temperature, topP, schema, t
     ...(schema && { output_config: { format: { type: "json_schema", schema } } }),
     ...(tools.length && {
       tools: tools.map(({ name, description, parameters }) => ({ name, description, input_schema: parameters ?? { type: "object" } })),
+      ...(choice && { tool_choice: { type: choice === "required" ? "any" : choice } }),
     }),
   };
 }
@@ -100,7 +132,7 @@ function readMessages({ data }, on) {
   const event = JSON.parse(data);
   switch (event.type) {
     case "content_block_start":
-      if (event.content_block.type === "tool_use") on.call(event.index, event.content_block.name);
+      if (event.content_block.type === "tool_use") on.call(event.index, event.content_block.name, event.content_block.id);
       break;
     case "content_block_delta":
       if (event.delta.type === "text_delta") on.text(event.delta.text);
@@ -162,6 +194,9 @@ export function readTools(typed) {
     return { name: tool.name, description: tool.description ?? "", parameters: tool.parameters ?? tool.input_schema ?? { type: "object", properties: {} } };
   });
 }
+
+// A tool as a person reads it: its name and its parameters.
+export const signature = ({ name, parameters }) => `${name}(${Object.keys(parameters.properties ?? {}).join(", ")})`;
 
 export const EXAMPLE_TOOL = [{
   name: "weather",

@@ -179,6 +179,7 @@ document.addEventListener("keydown", (event) => {
   const does = {
     "/": () => $("filter").focus(),
     c: () => { $("chat-text").focus(); $("chat").scrollIntoView({ block: "nearest" }); },
+    p: () => chat.expand(),
     t: () => window.cortexChoices.nextTheme(),
     "?": () => $("help-dialog").showModal(),
   }[event.key];

@@ -204,16 +204,112 @@ def test_reasoning_and_calls_are_shown_in_every_dialect(opened: Page, dialect: i
     assert 'So: "yes" ☃' in answer
     assert "Reasoning" in answer
     assert opened.run("[...document.querySelectorAll('.reasoning')].at(-1).textContent") == "I wonder.\n"
-    opened.run("document.querySelector('.chat-more').open = true")
-    opened.click("#chat-example")
-    opened.run("document.querySelector('.chat-more').open = false")
+    offer_tools(opened)
     opened.run("document.getElementById('chat-clear').click()")
     answer = send_chat(opened, "m", "call it", dialect)
     assert "Looking." in answer
     assert "Calls weather" in answer
-    assert opened.text(".call pre") == '{"city": "Paris"}'
-    opened.run("document.getElementById('chat-tools').value = ''")
+    assert json.loads(opened.text(".call pre")) == {"city": "Paris"}
+    assert opened.run("document.activeElement.className") == "result"
+    opened.type("19 degrees")
+    opened.press("Enter")
+    opened.until("document.querySelectorAll('.step').length === 2", what="a second step")
+    assert answers(opened)[-1] == "It says 19 degrees"
+    assert opened.text(".call pre.result") == "19 degrees"
+    assert opened.run("document.activeElement.id") == "chat-text", "on to the next message"
+    # The next message has the call and its result before it.
+    assert "turns" in send_chat(opened, "m", "turns", dialect)
+    wanted = "user:call it|assistant:Looking.|tool:19 degrees|assistant:It says 19 degrees|user:turns"
+    assert answers(opened)[-1] == wanted
+    offer_tools(opened, None)
     opened.run("document.getElementById('chat-clear').click()")
+
+
+def offer_tools(page: Page, tools: list[dict[str, Any]] | None = [{}]) -> None:  # noqa: B006 - never changed
+    """Fill in the field of the tools: the example, these, or none."""
+    page.run("document.getElementById('chat-more').open = true")
+    if tools == [{}]:
+        page.click("#chat-example")
+    else:
+        set_value(page, "chat-tools", json.dumps(tools) if tools else "")
+        page.run("document.getElementById('chat-tools').dispatchEvent(new Event('input', {bubbles: true}))")
+    page.run("document.getElementById('chat-more').open = false")
+
+
+@pytest.mark.parametrize("dialect", [0, 1, 2])
+def test_parallel_calls_get_their_results_in_each_column(opened: Page, dialect: int) -> None:
+    names = ("weather", "time")
+    offer_tools(opened, [{"name": name, "parameters": {"properties": {"city": {"type": "string"}}}} for name in names])
+    assert opened.run("document.getElementById('chat-tools-told').textContent") == "weather(city), time(city)"
+    assert opened.text("#chat-set") == "tools"
+    set_value(opened, "chat-other", "m")
+    send_chat(opened, "m", "parallel", dialect)
+    opened.until("document.querySelectorAll('.call').length === 4", what="two calls in two columns")
+    assert opened.run("[...document.querySelectorAll('.call label')].map((l) => l.textContent).join()") == (
+        "Result of weather,Result of time,Result of weather,Result of time"
+    )
+    check_axe(opened)
+    opened.click(".call textarea")
+    opened.type("sunny")
+    opened.press("Enter")  # on to the second field
+    opened.type("noon")
+    opened.press("Enter")
+    opened.until("document.querySelectorAll('.step').length === 3", what="the first column goes on")
+    assert answers(opened) == ["", "It says noon", ""]
+    # The other column's calls have no results: its history has none of them.
+    assert "turns" in send_chat(opened, "m", "turns", dialect)
+    sent = "user:parallel|assistant:|tool:sunny|tool:noon|assistant:It says noon|user:turns"
+    assert answers(opened)[-2:] == [sent, "user:turns"]
+    # Made again, the calls come with the results that they had.
+    opened.run("document.getElementById('chat-clear').click()")
+    set_value(opened, "chat-other", "")
+    send_chat(opened, "m", "call it", dialect)
+    opened.click(".call textarea")
+    opened.type("windy")
+    opened.click(".calls > button")
+    opened.until("document.querySelectorAll('.step').length === 2")
+    answers(opened)
+    opened.click("#chat-again")
+    opened.until("document.querySelector('.call textarea')?.value === 'windy'")
+    offer_tools(opened, None)
+
+
+@pytest.mark.parametrize("dialect", [0, 1, 2])
+def test_the_use_of_tools_is_asked_for(opened: Page, dialect: int) -> None:
+    offer_tools(opened)
+    set_value(opened, "chat-choice", "required")
+    assert "Calls weather" in send_chat(opened, "m", "forced", dialect)
+    set_value(opened, "chat-choice", "")
+    offer_tools(opened, None)
+
+
+def test_the_playground_takes_the_whole_page(opened: Page) -> None:
+    opened.run("document.activeElement.blur()")
+    opened.press("p")
+    assert opened.run("document.getElementById('fleet').offsetParent === null")
+    assert opened.run("document.getElementById('chat-expand').ariaPressed") == "true"
+    try:
+        for width in (1440, 820, 390):
+            opened.size(width, 844)
+            assert opened.run("document.documentElement.scrollWidth") <= width
+            check_axe(opened)
+            send_chat(opened, "m", "think hard")
+            assert opened.run("document.getElementById('talk').clientHeight") > 200
+    finally:
+        opened.size(1440, 900)
+    opened.click("#chat-expand")
+    assert opened.run("document.getElementById('fleet').offsetParent !== null")
+
+
+def test_tools_and_schemas_are_checked_as_they_are_written(opened: Page) -> None:
+    opened.run("document.getElementById('chat-more').open = true")
+    opened.click("#chat-tools")
+    opened.type('[{"description": "nameless"}]')
+    assert opened.text("#chat-tools-told") == "A tool has no name."
+    assert opened.run("document.getElementById('chat-tools').ariaInvalid") == "true"
+    check_axe(opened)
+    offer_tools(opened, None)
+    assert opened.run("document.getElementById('chat-tools').ariaInvalid") is None
 
 
 def test_a_model_that_is_not_loaded_is_loaded_for_an_answer(opened: Page) -> None:
@@ -393,7 +489,7 @@ def test_all_of_it_by_keyboard(opened: Page) -> None:
     for _ in range(120):
         opened.press("Tab")
         reached.add(opened.run("document.activeElement.textContent.trim() || document.activeElement.id"))
-    for wanted in ("Sign out", "Drain", "Load", "gpu-1", REAL, "Send", "Clear", "filter"):
+    for wanted in ("Sign out", "Drain", "Load", "gpu-1", REAL, "Send", "Clear", "Expand", "filter"):
         assert wanted in reached, (wanted, reached)
 
 
