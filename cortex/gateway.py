@@ -17,7 +17,6 @@ from cortex.access.rate_limiter import MemoryRateLimiter, RateLimiter
 from cortex.access.valkey import ValkeyRateLimiter
 from cortex.admin import Admin
 from cortex.admin_models import ModelAdmin
-from cortex.background import Background
 from cortex.config import AccessSettings, Config, CountersKind, StoreKind
 from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
@@ -39,16 +38,7 @@ from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Fleet, devices_in_use
 from cortex.guard import Guard
-from cortex.http_io import (
-    ClientDisconnectedError,
-    Exchange,
-    Header,
-    Receive,
-    Scope,
-    Send,
-    SocketExchange,
-    find_header,
-)
+from cortex.http_io import ClientDisconnectedError, Exchange, Header, Receive, Scope, Send, find_header
 from cortex.inference import Inference
 from cortex.loop_lag import watch_lag
 from cortex.metrics import (
@@ -60,11 +50,13 @@ from cortex.metrics import (
     forget_dead_workers,
 )
 from cortex.request_log import RequestLog
-from cortex.responses_socket import ResponsesSocket, refuse_socket
+from cortex.responses.background import Background
+from cortex.responses.hook import ResponsesHook
+from cortex.responses.socket_memory import SocketMemory
+from cortex.responses.websocket import ResponsesSocket, refuse_socket
 from cortex.settings import ConfigError, split_address
 from cortex.store.conversation import Conversations
 from cortex.store.interface import StoreError
-from cortex.store.memory import SocketMemory
 from cortex.store.named import NamedConversations
 from cortex.store.sqlite import SqliteStore
 from cortex.stored_endpoints import StoredEndpoints
@@ -127,7 +119,7 @@ class Gateway:
         if isinstance(self._store, SqliteStore):
             self._store.on_damaged = self.metrics.damaged_stores.inc
         self._socket_memory = SocketMemory(settings.store.socket_bytes, settings.store.socket_bytes_per_key)
-        conversations = Conversations(self._store, max_bytes=settings.gateway.max_body_bytes)
+        self._conversations = conversations = Conversations(self._store, max_bytes=settings.gateway.max_body_bytes)
         self._named = NamedConversations(self._store, max_bytes=settings.gateway.max_body_bytes)
         self.authenticator = Authenticator(
             keys or KeyRing(), _rate_limiter(settings.access), settings.access.reserve_tokens, local_token
@@ -137,9 +129,8 @@ class Gateway:
         self.request_log = RequestLog(self.metrics)
         dispatcher = self.service.dispatcher
         self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher, self.supervisor)
-        self._inference = inference = Inference(
-            settings, offered, dispatcher, self.request_log, conversations, self._background, self.authenticator
-        )
+        self._inference = inference = Inference(settings, offered, dispatcher, self.request_log, self.authenticator)
+        hook = ResponsesHook(conversations, self._background, self.authenticator)
         admin = Admin(self.service, self.authenticator, reload, config_error, self.supervisor)
         changes = ModelAdmin(self.service, reload, added_path)
         page = assets.read()
@@ -159,9 +150,9 @@ class Gateway:
             CHAT.path: {"POST": inference.endpoint(CHAT)},
             EMBEDDINGS.path: {"POST": inference.endpoint(EMBEDDINGS)},
             COMPLETIONS.path: {"POST": inference.endpoint(COMPLETIONS)},
-            RESPONSES.path: {"POST": inference.endpoint(RESPONSES)},
-            COMPACT.path: {"POST": inference.endpoint(COMPACT)},
-            INPUT_TOKENS.path: {"POST": inference.endpoint(INPUT_TOKENS)},
+            RESPONSES.path: {"POST": inference.endpoint(RESPONSES, hook)},
+            COMPACT.path: {"POST": inference.endpoint(COMPACT, hook)},
+            INPUT_TOKENS.path: {"POST": inference.endpoint(INPUT_TOKENS, hook)},
             MESSAGES.path: {"POST": inference.endpoint(MESSAGES)},
             COUNT_TOKENS.path: {"POST": inference.endpoint(COUNT_TOKENS)},
             "/v1/conversations": {"POST": counted(named.create)},
@@ -305,7 +296,7 @@ class Gateway:
         self.authenticator.keys, self.authenticator.reserve_tokens = keys, settings.access.reserve_tokens
         self._endpoints.catalogue = offered
         self._inference.reconfigure(settings, offered)
-        self._named.max_bytes = settings.gateway.max_body_bytes
+        self._named.max_bytes = self._conversations.max_bytes = settings.gateway.max_body_bytes
         self.service.reconfigure(settings, offered)
 
     async def handle(self, exchange: Exchange) -> None:
@@ -375,10 +366,7 @@ class Gateway:
             self.authenticator.check_admin(exchange.header)
         else:
             return
-        if not isinstance(
-            exchange, SocketExchange
-        ):  # whose messages have no type, and no page sends without a handshake
-            self.guard.check_media_type(exchange.method, exchange.header)
+        self.guard.check_media_type(exchange.method, exchange.header)
 
     def _let_socket_in(self, scope: Scope) -> str:
         """Check that a WebSocket may be opened, by this principal and from this origin; return its owner.

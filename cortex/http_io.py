@@ -20,8 +20,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-import msgspec
-
 from cortex._fast.response_writer import ResponseWriter
 from cortex.body_encoding import TAKEN, decoded
 from cortex.request_body import BODY_TIMEOUT_S, read_at_most
@@ -57,6 +55,8 @@ class Exchange(abc.ABC):
         self.request_id = request_id
         self.caller: object = None
         """Principal of the request, set by the layer that authenticates."""
+        self.origin: object = None
+        """Connection that the request is a message of, if it came in no request of HTTP."""
         self.status = 0
         """HTTP status that was sent, 0 before that."""
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -259,27 +259,6 @@ class AsgiExchange(Exchange):
         if self.is_last:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-
-class SocketExchange(AsgiExchange):
-    """A request on a WebSocket, as an exchange.
-
-    ``history`` holds the connection's conversations by the id of their last response.
-    """
-
-    def __init__(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        *,
-        request_id: str,
-        history: MutableMapping[str, tuple[msgspec.Raw, ...]],
-    ) -> None:
-        super().__init__(scope, receive, send, request_id=request_id)
-        self.history = history
-        self.generates = True
-        """Whether an answer is wanted, and not only that the conversation is known."""
 
 
 class EndedByDisconnect:

@@ -8,26 +8,20 @@ One module: its functions share the steps of one request.
 
 import asyncio
 import logging
-import secrets
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
-import orjson
 
 from cortex import tracing
 from cortex._fast.fast_path import FastRequest
 from cortex._fast.peek import splice
 from cortex._fast.record import Record
-from cortex._fast.responses_stream import ResponsesStream
-from cortex._fast.sse import SseDecoder
 from cortex.access.authenticator import UNCOUNTED, Authenticator, Reservation, principal_of
 from cortex.access.keys import Principal, check_model
-from cortex.background import Background
 from cortex.config import Config
-from cortex.dialects import openai_compaction, openai_responses
 from cortex.dialects.first_reading import PARAMETERS
 from cortex.dialects.parameters import add_header
 from cortex.dialects.passthrough import (
@@ -44,18 +38,17 @@ from cortex.dialects.passthrough import (
 from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.errors import NotAnAnswerError
-from cortex.event_stream import EventStream, serve_stream, stream
+from cortex.event_stream import EventStream, serve_stream
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Dispatcher
 from cortex.fleet.node_request import NodeRequest, NodeResponse
 from cortex.fleet.refusals import find_error, read_error
-from cortex.http_io import ClientDisconnectedError, EndedByDisconnect, Exchange, SocketExchange
+from cortex.http_io import ClientDisconnectedError, EndedByDisconnect, Exchange
 from cortex.request_log import RequestLog
-from cortex.store.conversation import Conversations, PendingResponse
+from cortex.responses.hook import PreparedResponse, ResponseRequest, ResponsesHook
 from cortex.stream_forwarding import DialectForwarder, Forwarding
 from cortex.upstream import Header
 from cortex.wire.errors import ApiError, MissingParameterError, RemoteError, UpstreamError, UpstreamTimeoutError
-from cortex.wire.events import Finished, FinishReason, Started
 from cortex.wire.headers import (
     CLIENT_CLOSED_REQUEST,
     FORWARDED,
@@ -86,32 +79,28 @@ class Inference:
         catalogue: Catalogue,
         dispatcher: Dispatcher,
         request_log: RequestLog,
-        conversations: Conversations,
-        background: Background,
         authenticator: Authenticator,
     ) -> None:
-        self._conversations = conversations
         self.reconfigure(config, catalogue)
         self._dispatcher = dispatcher
         self._request_log = request_log
-        self._background = background
         self._authenticator = authenticator
 
     def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
         """Replace the configuration and the catalogue."""
-        self._max_body_bytes = self._conversations.max_bytes = config.gateway.max_body_bytes
+        self._max_body_bytes = config.gateway.max_body_bytes
         self._catalogue = catalogue
         self._is_strict = config.access.strict
 
-    def endpoint(self, dialect: Dialect) -> Callable[[Exchange], Awaitable[None]]:
-        """Return the endpoint of ``dialect``."""
+    def endpoint(self, dialect: Dialect, hook: ResponsesHook | None = None) -> Callable[[Exchange], Awaitable[None]]:
+        """Return the endpoint of ``dialect``. ``hook`` has the steps before and after a node's answer, if any."""
 
         async def answer(exchange: Exchange) -> None:
             fast_request = _fast_request_of(exchange)
             record = Record(exchange.request_id, dialect.name) if fast_request is None else fast_request.record
             record.trace = tracing.begin(dialect.name, exchange.header)
             try:
-                await self._infer(exchange, dialect, record)
+                await self._infer(exchange, dialect, record, hook)
             except ClientDisconnectedError:
                 record.status, record.finish = CLIENT_CLOSED_REQUEST, "disconnected"
                 raise
@@ -123,7 +112,7 @@ class Inference:
 
         return answer
 
-    async def _infer(self, exchange: Exchange, dialect: Dialect, record: Record) -> None:
+    async def _infer(self, exchange: Exchange, dialect: Dialect, record: Record, hook: ResponsesHook | None) -> None:
         fast_request = _fast_request_of(exchange)
         principal = principal_of(exchange.caller)
         record.key = principal.name
@@ -150,34 +139,16 @@ class Inference:
         headers = [*TO_EVERY_NODE, (REQUEST_ID, exchange.request_id.encode()), *model_name_headers(name, model)]
         if record.trace is not None:
             headers += record.trace.headers
-        pending, context, generates = None, NO_CONTEXT, True
-        if dialect is RESPONSES:
-            history = None
-            if isinstance(exchange, SocketExchange):
-                history, generates = exchange.history, exchange.generates
-            try:
-                pending = await self._conversations.of(principal.name).begin(body, found, history)
-            except ApiError:
-                await self._authenticator.count(principal)  # to look for what is not there costs a request, too
-                raise
-            body, context = pending.body, pending.context
-            headers += pending.headers
-            if not generates:
-                await self._authenticator.count(principal)
-                await self._answer_without_generation(exchange, record, pending, name)
+        generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
+        prepared, context = None, NO_CONTEXT
+        if hook is not None:
+            prepared = await hook.before(ResponseRequest(exchange, dialect, record, principal, name, body, found))
+            if prepared is None:
                 return
-        elif dialect is COMPACT or dialect is INPUT_TOKENS:
-            try:
-                body = openai_compaction.with_input(body)
-                body = (await self._conversations.of(principal.name).begin(body, found, keeps=False)).body
-            except ApiError:
-                await self._authenticator.count(principal)
-                raise
-        reshape: Callable[[bytes], bytes] = _unchanged
-        if dialect is COMPACT:
-            # To a node it is a response like any other.
-            compaction = openai_compaction.Compaction(body)
-            dialect, body, reshape = RESPONSES, compaction.question(), compaction.answer
+            body, context = prepared.body, prepared.context
+            headers += prepared.headers
+            if dialect is COMPACT:  # to a node it is a response like any other
+                dialect = RESPONSES
         headers += principal_headers(principal)
         chat = to_chat(dialect, body, context, name)
         node_request = NodeRequest(
@@ -197,8 +168,7 @@ class Inference:
             on_node=record.record_node,
             take_begun=_nothing if fast_request is None else fast_request.take,
         )
-        call = _NodeCall(node_request, chat, pending, reshape)
-        generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
+        call = _NodeCall(node_request, chat, prepared if prepared is not None and prepared.has_after else None)
         reservation = (
             UNCOUNTED
             if principal.limits.are_none
@@ -206,8 +176,8 @@ class Inference:
         )
         has_left = False
         try:
-            if pending is not None and context.background:
-                await self._begin(exchange, dialect, record, call, pending, reservation)
+            if prepared is not None and context.background:
+                await prepared.serve_in_background(reservation, partial(self._generate, dialect, call))
             elif record.is_stream:
                 await self._stream(exchange, dialect, record, call)
             else:
@@ -253,24 +223,13 @@ class Inference:
             finally:
                 answer.close()
         record.status = 200
-        if call.pending is not None:
+        if call.prepared is not None:
             try:
-                body = await self._conversations.of(record.key).keep(call.pending, body)
+                body = await call.prepared.after(body)
             except NotAnAnswerError as error:
                 answer.record_broken(error)
                 raise
-        await exchange.reply(200, call.reshape(body))
-
-    async def _answer_without_generation(
-        self, exchange: Exchange, record: Record, pending: PendingResponse, name: str
-    ) -> None:
-        """Answer with an empty response for later requests to continue; no node is involved."""
-        sse_events = _local_stream(pending, name).sse_events([Started(0), Finished(FinishReason.STOP, 0)])
-        sse_events = await self._conversations.of(record.key).keep_streamed(pending, sse_events)
-        record.status, record.finish = 200, "not_generated"
-        await exchange.start_stream()
-        await exchange.write(sse_events)
-        await exchange.finish()
+        await exchange.reply(200, body)
 
     async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, call: "_NodeCall") -> None:
         forwarder = DialectForwarder(record)
@@ -286,7 +245,7 @@ class Inference:
         async def write(out: EventStream) -> None:
             answer = await self._dispatcher.ask(call.node_request)
             _add_headers(answer, call, exchange)
-            if not out.writes_at_once or answer.is_chat or answer.renamed or call.pending is not None:
+            if not out.writes_at_once or answer.is_chat or answer.renamed or call.prepared is not None:
                 async with aclosing(self._pull(answer, forwarder, record, call)) as sse_events:
                     async for some in sse_events:
                         await out.write(some)
@@ -322,11 +281,9 @@ class Inference:
                     data = reader.sse_events(data) if more else reader.end()
                 sse_events = forwarder.take(data)
                 if sse_events:
-                    if call.pending is not None and forwarder.is_complete:
+                    if call.prepared is not None and forwarder.is_complete:
                         try:
-                            sse_events = await self._conversations.of(record.key).keep_streamed(
-                                call.pending, sse_events
-                            )
+                            sse_events = await call.prepared.after_stream(sse_events)
                         except NotAnAnswerError as error:
                             answer.record_broken(error)
                             unreadable = error
@@ -336,46 +293,11 @@ class Inference:
         if unreadable is not None:
             raise unreadable
 
-    async def _begin(
-        self,
-        exchange: Exchange,
-        dialect: Dialect,
-        record: Record,
-        call: "_NodeCall",
-        pending: PendingResponse,
-        reservation: Reservation,
-    ) -> None:
-        """Start a background response; its usage has a record of its own."""
-        begun = _local_stream(pending, call.node_request.name).sse_events([Started(0)])
-        created = SseDecoder(len(begun) + 1).feed(begun)[0]
-        queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
-        making = Record(record.request_id, dialect.name)
-        making.model, making.key, making.is_stream = record.model, record.key, True
-        node_request = msgspec.structs.replace(call.node_request, on_node=making.record_node)
-        if record.trace is not None:  # its span is about the answer, which is still to be made
-            making.trace, record.trace = record.trace, record.trace.without_span()
-        held = reservation.move()
-        sse_events = self._background_events(dialect, making, _NodeCall(node_request, call.chat, None), held)
-        try:
-            run = await self._background.start(self._conversations.of(record.key), pending, queued, sse_events)
-        except BaseException:
-            await held.settle(0)
-            raise
-        record.status, record.finish = 200, "queued"
-        if not record.is_stream:
-            await exchange.reply(200, queued)
-            return
-        await stream(
-            exchange,
-            run.follow(-1),
-            heartbeat=dialect.heartbeat,
-            error_event=lambda error: dialect.failure(error.info(), b"", b""),
-        )
-
-    async def _background_events(
-        self, dialect: Dialect, record: Record, call: "_NodeCall", reservation: Reservation
+    async def _generate(
+        self, dialect: Dialect, call: "_NodeCall", record: Record, reservation: Reservation
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the SSE events of a background response, and record its end."""
+        """Yield the SSE events of a response without a client, and record its end."""
+        call = _NodeCall(msgspec.structs.replace(call.node_request, on_node=record.record_node), call.chat, None)
         forwarder = DialectForwarder(record)
         record.status = 200
         try:
@@ -435,10 +357,6 @@ def _nothing() -> None:
     return None
 
 
-def _unchanged(answer: bytes) -> bytes:
-    return answer
-
-
 def principal_headers(principal: Principal) -> list[Header]:
     """Return the headers that name the principal and its priority to a node."""
     headers = []
@@ -464,21 +382,12 @@ def _add_headers(answer: NodeResponse, call: "_NodeCall", exchange: Exchange) ->
             add_header(exchange.extra_headers, OMITTED_PARTS, b"%d" % (by_node + reading.num_omitted))
 
 
-def _local_stream(pending: PendingResponse, name: str) -> ResponsesStream:
-    """Return an encoder for a response that no node makes. Raises :class:`InvalidRequestError`."""
-    call = openai_responses.decode(pending.body)
-    id = pending.context.id or f"resp_{secrets.token_hex(24)}"
-    return ResponsesStream(id, name, int(time.time()), call.echoed(pending.context))
-
-
 class _NodeCall(NamedTuple):
-    """A request to a node, its translation to chat, and the stored response that it makes."""
+    """A request to a node, its translation to chat, and the hook's steps after the answer, if it has any."""
 
     node_request: NodeRequest
     chat: Translation | None
-    pending: PendingResponse | None
-    reshape: Callable[[bytes], bytes] = _unchanged
-    """Conversion of the node's answer into the client's."""
+    prepared: PreparedResponse | None
 
     def reader(self, answer: NodeResponse) -> TranslatedAnswer | RenamedStream | None:
         """Return the reader of a stream that is not forwarded unchanged, if it is one."""

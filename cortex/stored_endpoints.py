@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import orjson
 
 from cortex.access.authenticator import principal_of
-from cortex.background import Background
 from cortex.dialects.passthrough import RESPONSES
 from cortex.event_stream import stream
 from cortex.http_io import Exchange, query_parameters
+from cortex.responses.background import Background
 from cortex.store.conversation import Conversations
 from cortex.wire.errors import InvalidRequestError
 

@@ -42,9 +42,8 @@ neuron.engine_settings neuron.metrics
 cortex._fast.record cortex.gateway_client cortex.known_models cortex.store cortex.upstream neuron.api_description
 neuron.call_headers neuron.config neuron.models
 
-cortex._fast.stream_forwarder cortex.agents cortex.background cortex.chat_client cortex.conversation_endpoints
-cortex.fleet cortex.load_watch cortex.local_daemons cortex.metrics cortex.preflight cortex.responses_socket
-neuron.load neuron.text.tekken
+cortex._fast.stream_forwarder cortex.agents cortex.chat_client cortex.conversation_endpoints cortex.fleet
+cortex.load_watch cortex.local_daemons cortex.metrics cortex.preflight cortex.responses neuron.load neuron.text.tekken
 
 cortex.admin cortex.chat cortex.endpoints cortex.launch cortex.operate cortex.preparation cortex.reload
 cortex.request_log cortex.stored_endpoints cortex.stream_forwarding neuron.text.tokenizer

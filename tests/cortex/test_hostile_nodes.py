@@ -209,7 +209,7 @@ async def test_a_response_in_the_background_that_never_ends_is_ended() -> None:
 async def test_a_response_in_the_background_that_is_too_long_ends_as_failed(
     is_one_event: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cortex.background.MAX_BYTES", 10_000)
+    monkeypatch.setattr("cortex.responses.background.MAX_BYTES", 10_000)
     node = FakeNode("hostile").ready("m")
     delta = b'event: response.x\ndata: {"x":"' + b"y" * (20_000 if is_one_event else 1_000) + b'"}\n\n'
     node.script = raw(sized(delta * (1 if is_one_event else 20), b"content-type: text/event-stream\r\n"))

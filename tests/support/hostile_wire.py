@@ -12,7 +12,6 @@ from answers import CHAT_ANSWER, CHAT_STREAM, MESSAGES_ANSWER, MESSAGES_STREAM, 
 from cortex._fast.http_client import Connection
 from cortex._fast.record import Record
 from cortex._fast.sse import SseEventTooLarge
-from cortex.background import Run
 from cortex.dialects.passthrough import (
     CHAT,
     COMPLETIONS,
@@ -25,6 +24,7 @@ from cortex.dialects.passthrough import (
 from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import to_chat
 from cortex.fleet.refusals import find_error, read_error, wrong_head
+from cortex.responses.background import Run
 from cortex.store.conversation import Conversations
 from cortex.stream_forwarding import DialectForwarder
 from cortex.wire.errors import ApiError

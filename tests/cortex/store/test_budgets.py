@@ -16,7 +16,7 @@ from fake_node import FakeNode, Line, Received
 from gateway_rig import Rig, rig, until
 
 from cortex.config import StoreSettings
-from cortex.store.memory import SocketMemory
+from cortex.responses.socket_memory import SocketMemory
 
 SMALL = StoreSettings(path=":memory:", max_bytes=16_384, max_bytes_per_key=8_192)
 

@@ -9,6 +9,7 @@ not, so that a client sends only new items; if a request that continues one fail
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,8 +18,8 @@ import orjson
 from cortex._fast.sse import SseDecoder
 from cortex.dialects.openai_errors import error_object
 from cortex.dialects.passthrough import RESPONSES
-from cortex.http_io import Receive, Scope, Send, SocketExchange
-from cortex.store.memory import ConnectionHistory
+from cortex.http_io import AsgiExchange, Exchange, Receive, Scope, Send
+from cortex.responses.socket_memory import ConnectionHistory
 from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, OverloadedError
 from cortex.wire.responses_events import ResponsesEvent
 
@@ -42,6 +43,16 @@ _STRING = msgspec.json.Decoder(str)
 _FAILED = ResponsesEvent.FAILED.value.encode()
 
 
+@dataclass(frozen=True, slots=True)
+class SocketRequest:
+    """Origin of an exchange that is a message on a WebSocket."""
+
+    history: ConnectionHistory
+    """Conversations of the connection."""
+    generates: bool
+    """Whether an answer is wanted, and not only that the conversation is known."""
+
+
 class ResponsesSocket:
     """A connection. ``handle`` answers an exchange."""
 
@@ -51,7 +62,7 @@ class ResponsesSocket:
         receive: Receive,
         send: Send,
         *,
-        handle: Callable[[SocketExchange], Awaitable[None]],
+        handle: Callable[[Exchange], Awaitable[None]],
         new_request_id: Callable[[], str],
         max_message_bytes: int,
         history: ConnectionHistory,
@@ -72,7 +83,7 @@ class ResponsesSocket:
             "method": "POST",
             "path": RESPONSES.path,
             "query_string": scope.get("query_string", b""),
-            "headers": headers,
+            "headers": [*headers, (b"content-type", b"application/json")],
             "client": scope.get("client"),
         }
         self._history = history
@@ -159,10 +170,8 @@ class ResponsesSocket:
             await self._left.wait()
             return {"type": "http.disconnect"}
 
-        exchange = SocketExchange(
-            dict(self._scope), receive, answer.take, request_id=self._new_request_id(), history=self._history
-        )
-        exchange.generates = generates
+        exchange = AsgiExchange(dict(self._scope), receive, answer.take, request_id=self._new_request_id())
+        exchange.origin = SocketRequest(self._history, generates)
         try:
             await self._handle(exchange)
         except Exception:
