@@ -1,4 +1,4 @@
-"""The operators' endpoints under ``/admin``: reports of the fleet and the keys, and actions on models and nodes.
+"""The operators' endpoints under ``/admin``: a report of the fleet, and actions on models and nodes.
 
 Every action is a neuron's; the gateway finds the node and returns its response. The neurons hold the state, so a pin or
 a drain through one gateway is seen by all.
@@ -10,9 +10,6 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from cortex.access.authenticator import Authenticator
-from cortex.access.keys import Limits
-from cortex.access.rate_limiter import Usage
 from cortex.config import ModelProfile
 from cortex.dialects import openai_fields
 from cortex.errors import NoNodeError, UnknownNodeError
@@ -72,22 +69,6 @@ class FleetReport(msgspec.Struct, frozen=True):
     degraded: tuple[str, ...] = ()
 
 
-class KeyReport(Limits, frozen=True, kw_only=True):
-    """An entry of ``GET /admin/keys``. A limit of 0 is none."""
-
-    name: str
-    models: tuple[str, ...]
-    admin: bool
-    priority: int
-    used: Usage
-
-
-class KeysReport(msgspec.Struct, frozen=True):
-    """``GET /admin/keys``."""
-
-    keys: tuple[KeyReport, ...]
-
-
 class ModelAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /admin/models/unload``, or a load: without ``node``, the best one, or all that have it."""
 
@@ -136,7 +117,6 @@ class Admin:
     def __init__(
         self,
         service: FleetService,
-        authenticator: Authenticator,
         reload: Callable[[], None],
         config_error: Callable[[], ConfigError | None],
         supervisor: Supervisor,
@@ -144,31 +124,12 @@ class Admin:
         self._supervisor = supervisor
         self._service = service
         self._fleet = service.fleet
-        self._authenticator = authenticator
         self._reload = reload
         self._config_error = config_error
 
     async def fleet(self, exchange: Exchange) -> None:
         """``GET /admin/fleet``."""
         await exchange.reply(200, msgspec.json.encode(self.report()))
-
-    async def keys(self, exchange: Exchange) -> None:
-        """``GET /admin/keys``: limits and use of every key, by name."""
-        rows = []
-        for principal in self._authenticator.keys.by_name():
-            limits = principal.limits
-            used = Usage() if limits.are_none else await self._authenticator.rate_limiter.usage(principal.name, limits)
-            rows.append(
-                KeyReport(
-                    name=principal.name,
-                    models=principal.models,
-                    admin=principal.is_admin,
-                    priority=principal.priority,
-                    **msgspec.structs.asdict(limits),
-                    used=used,
-                )
-            )
-        await exchange.reply(200, msgspec.json.encode(KeysReport(tuple(rows))))
 
     async def load(self, exchange: Exchange) -> None:
         """``POST /admin/models/load``: returns when the model is ready."""

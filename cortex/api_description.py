@@ -1,7 +1,9 @@
 """The gateway's operations for ``/openapi.json``. A test compares them with the paths that are served."""
 
 from cortex import __version__
-from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, KeysReport, LoadAct, ModelAct, PinAct
+from cortex.access.keys import KeyPermissions
+from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, LoadAct, ModelAct, PinAct
+from cortex.admin_keys import KeysReport, MadeKey, NewKey, RevokedKey
 from cortex.admin_models import FitAct, FitReport, KnownReport, PullAct, Removed
 from cortex.config import ModelProfile
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
@@ -47,6 +49,11 @@ OPERATIONS = (
     Operation("GET", "/version", "Report the version.", openapi.VERSION_ANSWER),
     Operation("GET", "/admin/fleet", "Report the nodes.", FleetReport),
     Operation("GET", "/admin/keys", "Report the keys, their limits and use.", KeysReport),
+    Operation("POST", "/admin/keys", "Make a key.", MadeKey, NewKey),
+    Operation(
+        "PATCH", "/admin/keys/{name}", "Change the permissions and limits of a key.", KeyPermissions, KeyPermissions
+    ),
+    Operation("DELETE", "/admin/keys/{name}", "Revoke a key.", RevokedKey),
     Operation("GET", "/admin/models", "List the models, where they are and how they are sampled.", FullOfferList),
     Operation("POST", "/admin/models", "Add a model to the catalogue.", ModelProfile, ModelProfile),
     Operation("GET", "/admin/models/known", "List the models that are known by a short name.", KnownReport),

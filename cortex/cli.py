@@ -20,6 +20,7 @@ from cortex import (
     catalogue_commands,
     demo,
     gateway_client,
+    key_commands,
     launch,
     logs,
     operate,
@@ -93,6 +94,7 @@ def command_line() -> argparse.ArgumentParser:
     run.add_command(commands)
     catalogue_commands.add_commands(commands)
     operate.add_commands(commands)
+    key_commands.add_commands(commands)
     launch.add_command(commands)
     demo.add_command(commands)
     return parser

@@ -36,6 +36,8 @@ LOCAL_NEURON = "local", "http://127.0.0.1:13131"
 
 ADDED_MODELS = "added-models.json"
 """Name of the file of models that commands and the dashboard add."""
+ADDED_KEYS = "added-keys.json"
+"""Name of the file of keys that commands and the dashboard add."""
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 """A finite positive duration."""
@@ -183,7 +185,10 @@ class AccessSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[access]``: keys and limits. ``keys`` is relative to the file that names it."""
 
     keys: str = ""
-    """Path of ``keys.toml``; empty: no key is needed."""
+    """Path of ``keys.toml``; empty: there are no keys but added ones."""
+    added_keys: str = ""
+    """Path of the file of keys that commands and the dashboard add; where it exists, clients need a key. Empty:
+    ``added-keys.json`` beside the file of added models."""
     anonymous: bool = False
     """Whether requests without a key are accepted where there are keys. They are served from spare capacity."""
     anonymous_models: tuple[str, ...] = ("*",)
@@ -238,6 +243,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: StoreSettings = StoreSettings()
     access: AccessSettings = AccessSettings()
     neurons: tuple[NodeSettings, ...] = ()
+
+    @property
+    def counts_limits(self) -> bool:
+        """Whether the limits of keys can be counted: by one worker, or by several together."""
+        return self.gateway.workers == 1 or self.access.counters is not CountersKind.MEMORY
 
 
 class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -355,6 +365,14 @@ def added_path(config: Config, path: pathlib.Path | None, environment: Mapping[s
         return catalogue.parent / ADDED_MODELS
     folder = settings.state_folder(environment)
     return None if folder is None else folder / ADDED_MODELS
+
+
+def added_keys_path(config: Config, path: pathlib.Path | None, environment: Mapping[str, str]) -> pathlib.Path | None:
+    """Return the path of the added keys. Arguments and ``None`` are those of :func:`added_path`."""
+    if config.access.added_keys:
+        return (pathlib.Path() if path is None else path.parent) / config.access.added_keys
+    models = added_path(config, path, environment)
+    return None if models is None else models.with_name(ADDED_KEYS)
 
 
 def keys_path(config: Config, path: pathlib.Path | None) -> pathlib.Path | None:

@@ -65,6 +65,32 @@ class CatalogueNotWritableError(ApiError):
     code = "catalogue_not_writable"
 
 
+class KeyExistsError(ApiError):
+    """A new key has the name of another one, which stays as it is."""
+
+    status = 409
+    code = "key_exists"
+
+
+class KeyNotFoundError(NotFoundError):
+    """There is no key of that name."""
+
+    code = "key_not_found"
+
+
+class KeyNotAddedError(ApiError):
+    """A key is in ``keys.toml``, which no gateway writes."""
+
+    status = 409
+    code = "key_not_added"
+
+
+class KeysNotWritableError(ApiError):
+    """The file of added keys cannot be written, or what is written is not in force."""
+
+    code = "keys_not_writable"
+
+
 class ConnectError(UpstreamError):
     """A node could not be reached; nothing was sent."""
 

@@ -1,8 +1,8 @@
 """Rules of the fast path (:mod:`cortex._fast.fast_path`): which requests may take it, and to which node.
 
-The result is cached until something changes. A request qualifies if its key has no limits, its answer is not streamed,
-its body goes to the node unchanged, and only one node has the model ready, with no failure in any circuit. Every other
-request takes the slow path, those without access too, so that errors are made in one place.
+The result is cached until something changes. A request qualifies if its key has no limits and does not expire, its
+answer is not streamed, its body goes to the node unchanged, and only one node has the model ready, with no failure in
+any circuit. Every other request takes the slow path, those without access too, so that errors are made in one place.
 """
 
 from cortex import tracing
@@ -49,7 +49,7 @@ class FastPathRules:
             principal = self._gateway.authenticator.identify(lambda name: given if name == header.encode() else None)
         except ApiError:
             return None
-        if not principal.limits.are_none or principal.uses_spare_capacity:
+        if not principal.is_unlimited:
             return None
         return CachedAccess(
             self._gateway.settings,

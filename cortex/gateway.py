@@ -16,6 +16,7 @@ from cortex.access.keys import KeyRing
 from cortex.access.rate_limiter import MemoryRateLimiter, RateLimiter
 from cortex.access.valkey import ValkeyRateLimiter
 from cortex.admin import Admin
+from cortex.admin_keys import KeyAdmin
 from cortex.admin_models import ModelAdmin
 from cortex.config import AccessSettings, Config, CountersKind, StoreKind
 from cortex.conversation_endpoints import ConversationEndpoints
@@ -88,11 +89,12 @@ class Gateway:
         reload: Callable[[], None] = lambda: None,
         config_error: Callable[[], ConfigError | None] = lambda: None,
         local_token: str = "",
-        added_path: Callable[[], pathlib.Path | None] = lambda: None,
+        added_models: Callable[[], pathlib.Path | None] = lambda: None,
+        added_keys: Callable[[], pathlib.Path | None] = lambda: None,
     ) -> None:
         """``reload`` and ``config_error`` serve ``/admin``: reread the files, and return the error of the last reading.
 
-        ``added_path`` returns the path of the file of added models.
+        ``added_models`` and ``added_keys`` return the paths of the files that this gateway owns.
 
         ``local_token`` is an administrator's key for commands on this host.
 
@@ -131,8 +133,9 @@ class Gateway:
         self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher, self.supervisor)
         self._inference = inference = Inference(settings, offered, dispatcher, self.request_log, self.authenticator)
         hook = ResponsesHook(conversations, self._background, self.authenticator)
-        admin = Admin(self.service, self.authenticator, reload, config_error, self.supervisor)
-        changes = ModelAdmin(self.service, reload, added_path)
+        admin = Admin(self.service, reload, config_error, self.supervisor)
+        changes = ModelAdmin(self.service, reload, added_models)
+        keys_of_clients = KeyAdmin(self.authenticator, lambda: self.settings, reload, added_keys)
         page = assets.read()
         self._feed = Feed(
             self.service,
@@ -160,7 +163,7 @@ class Gateway:
             "/health": {"GET": endpoints.health},
             "/version": {"GET": endpoints.version},
             "/admin/fleet": {"GET": admin.fleet},
-            "/admin/keys": {"GET": admin.keys},
+            "/admin/keys": {"GET": keys_of_clients.list, "POST": keys_of_clients.add},
             "/admin/models": {"GET": endpoints.all_models, "POST": changes.add},
             "/admin/models/known": {"GET": changes.known},
             "/admin/models/fit": {"POST": changes.fit},
@@ -181,6 +184,10 @@ class Gateway:
         self._patterns: tuple[tuple[re.Pattern[str], Methods], ...] = (
             (re.compile(r"/v1/models/.+"), {"GET": endpoints.model}),
             (re.compile(r"/admin/models/.+"), {"DELETE": changes.remove}),
+            (
+                re.compile(r"/admin/keys/[^/]+"),
+                {"PATCH": keys_of_clients.change, "DELETE": keys_of_clients.revoke},
+            ),
             (re.compile(r"/v1/responses/[^/]+"), {"GET": counted(stored.get), "DELETE": counted(stored.delete)}),
             (re.compile(r"/v1/responses/[^/]+/input_items"), {"GET": counted(stored.input_items)}),
             (re.compile(r"/v1/responses/[^/]+/cancel"), {"POST": counted(stored.cancel)}),
@@ -363,7 +370,7 @@ class Gateway:
             if not self.authenticator.is_proved(principal):
                 self.guard.check_site(exchange.header, setting="gateway")
         elif exchange.path.startswith("/admin/"):
-            self.authenticator.check_admin(exchange.header)
+            exchange.caller = self.authenticator.check_admin(exchange.header)
         else:
             return
         self.guard.check_media_type(exchange.method, exchange.header)

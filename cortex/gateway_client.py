@@ -1,7 +1,7 @@
 """Requests of the commands to a running gateway.
 
-``--url`` or a ``cortex.toml`` has its address; the key is ``--key-file``'s, ``CORTEX_KEY``'s or, for ``/admin`` on this
-host, the gateway's own token. Nothing is printed here.
+``--url`` or a ``cortex.toml`` has its address; the key is ``--key-file``'s, ``CORTEX_KEY``'s or, on this host, the
+gateway's own token. Nothing is printed here.
 """
 
 import argparse
@@ -97,9 +97,7 @@ def opened(
     url = url_of_gateway(options)
     parts = _split(url)
     host = parts.hostname or ""
-    key = key_of(options) if key is None else key
-    if not key and path.startswith("/admin/"):
-        key = local_token(options)
+    key = (key_of(options) or local_token(options)) if key is None else key
     headers = {"authorization": f"Bearer {key}"} if key else {}
     if body is not None:
         headers["content-type"] = "application/json"

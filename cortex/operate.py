@@ -1,11 +1,11 @@
-"""The commands for a running gateway: status, models, load, unload, forget, pin, drain, dashboard, reload, keys.
+"""The commands for a running gateway: status, models, load, unload, forget, pin, drain, dashboard, reload.
 
 Each is one request to ``/admin``, printed as tables of at most 80 columns, or as the JSON of the response. Exit status
 0, 1 for a gateway that cannot be reached or refuses, 2 for a wrong command or configuration.
 """
 
 import argparse
-import json
+import functools
 import math
 import sys
 import time
@@ -13,10 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cortex import gateway_client, report
-from cortex.access import keys
 from cortex.gateway_client import GatewayError, ask
 from cortex.load_watch import watched
-from cortex.settings import ConfigError
 
 MIN_INTERVAL_S = 0.1
 MAX_SECONDS = 7 * 24 * 3600.0
@@ -24,16 +22,8 @@ CLEAR_SCREEN = "\x1b[H\x1b[2J"
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the commands to a parser, each with its function as ``run``."""
-    where = argparse.ArgumentParser(add_help=False)
-    gateway_client.add_options(where)
-    where.add_argument("--json", action="store_true", help="print the gateway's response")
-
-    def add(name: str, help_text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_text, parents=[where])
-        command.set_defaults(run=run)
-        return command
-
+    """Add the commands to a parser."""
+    add = functools.partial(add_command, commands)
     status = add("status", "show nodes, devices and models", _status)
     status.add_argument(
         "--watch", nargs="?", type=_interval, const=2.0, metavar="SECONDS", help="refresh it at this interval"
@@ -62,8 +52,20 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     drain.add_argument("--off", action="store_true", help="accept them again")
     add("dashboard", "print a link that opens the dashboard of this host's gateway, signed in", _dashboard)
     add("reload", "read the configuration again", _reload)
-    keys_command = add("keys", "show the limits and the use of each key", _keys)
-    keys_command.add_argument("--new", metavar="NAME", help="make a key and print its entry for keys.toml")
+
+
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    help_text: str,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    """Add a command with the options of all commands for a running gateway, and ``run`` as its function."""
+    command = commands.add_parser(name, help=help_text)
+    gateway_client.add_options(command)
+    command.add_argument("--json", action="store_true", help="print the gateway's response")
+    command.set_defaults(run=run)
+    return command
 
 
 def _seconds(text: str) -> float:
@@ -88,7 +90,7 @@ def _status(options: argparse.Namespace) -> int:
         answer = ask(options, "GET", "/admin/fleet")
         if options.watch is not None:
             sys.stdout.write(CLEAR_SCREEN)
-        _show(options, answer, "nodes", report.print_fleet)
+        show(options, answer, "nodes", report.print_fleet)
         if options.watch is None:
             return 0
         sys.stdout.flush()
@@ -96,60 +98,43 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
-    return _show(options, ask(options, "GET", "/admin/models"), "data", report.print_models)
+    return show(options, ask(options, "GET", "/admin/models"), "data", report.print_models)
 
 
 def _load(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node}
     with watched(options, options.model):
         answer = ask(options, "POST", "/admin/models/load", body)
-    return _show(options, answer, "nodes", report.print_act)
+    return show(options, answer, "nodes", report.print_act)
 
 
 def _unload(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node, "drain_timeout_s": options.drain_timeout}
-    return _show(options, ask(options, "POST", "/admin/models/unload", body), "nodes", report.print_act)
+    return show(options, ask(options, "POST", "/admin/models/unload", body), "nodes", report.print_act)
 
 
 def _forget(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node}
     answer = ask(options, "POST", "/admin/models/forget", body)
-    return _show(options, answer, "nodes", lambda acted: report.print_forgotten(options.model, acted))
+    return show(options, answer, "nodes", lambda acted: report.print_forgotten(options.model, acted))
 
 
 def _pin(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node, "pinned": not options.off}
-    return _show(options, ask(options, "POST", "/admin/models/pin", body), "nodes", report.print_act)
+    return show(options, ask(options, "POST", "/admin/models/pin", body), "nodes", report.print_act)
 
 
 def _drain(options: argparse.Namespace) -> int:
     body = {"node": options.node, "draining": not options.off}
     answer = ask(options, "POST", "/admin/nodes/drain", body)
-    return _show(options, answer, "state", lambda health: report.print_line(f"{options.node}: {health['state']}"))
+    return show(options, answer, "state", lambda health: report.print_line(f"{options.node}: {health['state']}"))
 
 
 def _reload(options: argparse.Namespace) -> int:
-    return _show(options, ask(options, "POST", "/admin/reload", {}), "nodes", report.print_fleet)
+    return show(options, ask(options, "POST", "/admin/reload", {}), "nodes", report.print_fleet)
 
 
-def _keys(options: argparse.Namespace) -> int:
-    if options.new is None:
-        return _show(options, ask(options, "GET", "/admin/keys"), "keys", report.print_keys)
-    try:
-        keys.check_name(options.new)
-    except ValueError as error:
-        raise ConfigError("--new", "", str(error)) from None
-    key, sha256 = keys.new_key()
-    row = {"name": options.new, "sha256": sha256, "models": ["*"]}
-    if options.json:
-        sys.stdout.write(json.dumps({"key": key, **row}) + "\n")
-        return 0
-    sys.stdout.write(f"The key, shown this once: {key}\n\nFor keys.toml:\n\n[[keys]]\n")
-    sys.stdout.writelines(f"{name} = {json.dumps(value)}\n" for name, value in row.items())
-    return 0
-
-
-def _show(options: argparse.Namespace, answer: bytes, member: str, show: Callable[[Any], object]) -> int:
+def show(options: argparse.Namespace, answer: bytes, member: str, show: Callable[[Any], object]) -> int:
     """Print a response, which must have ``member``. Raises :class:`GatewayError` for another server's."""
     with gateway_client.of_gateway():
         value = gateway_client.read(answer)

@@ -1,8 +1,8 @@
 """The gateway's configuration files, read together and reloaded when they change, all or nothing.
 
-``cortex.toml``, ``models.toml``, the file of added models and ``keys.toml`` are checked as one before any of it is
-used. An invalid change is logged with file, key and reason, and the gateway continues as before. The files are checked
-every second and on SIGHUP, with the files that a rejected change names, so that correcting them is enough.
+``cortex.toml``, ``models.toml``, ``keys.toml`` and the files of added models and keys are checked as one before any of
+it is used. An invalid change is logged with file, key and reason, and the gateway continues as before. The files are
+checked every second and on SIGHUP, with the files that a rejected change names, so that correcting them is enough.
 
 An unreadable file never means "no keys". A gateway with keys keeps them until a restart. A gateway without keys refuses
 every request after a rejected change to the access settings, until that is corrected or reverted.
@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import msgspec
 
 from cortex import config
-from cortex.access import keys
+from cortex.access import added, keys
 from cortex.access.keys import ANONYMOUS, CLOSED, KeyRing, Limits, Principal
-from cortex.config import AccessSettings, Config, CountersKind
+from cortex.config import AccessSettings, Config
 from cortex.fleet import catalogue
 from cortex.fleet.catalogue import Catalogue
+from cortex.owned_file import may_exist
 from cortex.settings import ConfigError, convert, read_file, read_toml
 from cortex.supervise import Supervisor
 
@@ -63,8 +64,9 @@ class Loaded:
     keys: KeyRing
     files: tuple[pathlib.Path, ...]
     """All files that were read, secrets and certificates included."""
-    added: pathlib.Path | None = None
-    """File of the models that commands and the dashboard add."""
+    added_models: pathlib.Path | None = None
+    added_keys: pathlib.Path | None = None
+    """Files of the models and of the keys that commands and the dashboard add."""
 
 
 def load(
@@ -102,28 +104,43 @@ def _load(
     settings = config.load(path, environment, flags, files)
     models = config.models_path(settings, path)
     files.append(models or pathlib.Path(settings.gateway.models))
-    if (added := config.added_path(settings, path, environment)) is not None:
-        files.append(added)
-    offered = catalogue.load(models, {node.name for node in settings.neurons}, added)
+    if (added_models := config.added_path(settings, path, environment)) is not None:
+        files.append(added_models)
+    offered = catalogue.load(models, {node.name for node in settings.neurons}, added_models)
     offered = dataclasses.replace(offered, discovers=settings.gateway.discover)
-    ring = KeyRing()
+    added_keys = config.added_keys_path(settings, path, environment)
+    ring = _ring(settings, config.keys_path(settings, path), added_keys, files)
+    if ring.is_open and settings.access.anonymous:
+        raise ConfigError(source, "access.anonymous", "means nothing without keys: everybody may ask")
+    if not settings.counts_limits and any(not principal.limits.are_none for principal in ring.by_name()):
+        reason = 'keys have limits, which several workers can only count together in "valkey"'
+        raise ConfigError(source, "access.counters", reason)
+    return Loaded(settings, offered, ring, tuple(dict.fromkeys(files)), added_models, added_keys)
+
+
+def _ring(
+    settings: Config, configured: pathlib.Path | None, added_keys: pathlib.Path | None, files: list[pathlib.Path]
+) -> KeyRing:
+    """Return the keys of both files; an open ring if there is neither."""
     access = settings.access
-    if (keys_file := config.keys_path(settings, path)) is not None:
-        files.append(keys_file)
-        anonymous = None
-        if access.anonymous:
-            limits = Limits(access.anonymous_requests_per_minute, access.anonymous_max_concurrent)
-            anonymous = Principal(ANONYMOUS, access.anonymous_models, False, ANONYMOUS_PRIORITY, limits)
-        ring = keys.load(keys_file, anonymous)
-        is_shared = settings.gateway.workers > 1 and access.counters is CountersKind.MEMORY
-        if is_shared and any(not principal.limits.are_none for principal in ring.by_name()):
-            reason = 'keys have limits, which several workers can only count together in "valkey"'
-            raise ConfigError(source, "access.counters", reason)
-        if not ring.principals:
-            log.warning("%s holds no key: every request with a key is refused", keys_file)
-    elif access.anonymous:
-        raise ConfigError(source, "access.anonymous", "means nothing without access.keys: everybody may ask")
-    return Loaded(settings, offered, ring, tuple(dict.fromkeys(files)), added)
+    if added_keys is not None:
+        files.append(added_keys)
+    there = added.read(added_keys)
+    if configured is None and there is None:
+        return KeyRing()
+    anonymous = None
+    if access.anonymous:
+        limits = Limits(access.anonymous_requests_per_minute, access.anonymous_max_concurrent)
+        anonymous = Principal(ANONYMOUS, access.anonymous_models, False, ANONYMOUS_PRIORITY, limits)
+    ring = KeyRing(anonymous=anonymous)
+    if configured is not None:
+        files.append(configured)
+        ring = keys.load(configured, anonymous)
+    if added_keys is not None and there is not None:
+        ring = added.joined(ring, there, added_keys)
+    if not ring.principals:
+        log.warning("there is no key in %s: every request with a key is refused", configured or added_keys)
+    return ring
 
 
 class _Looked(list[pathlib.Path]):
@@ -155,7 +172,8 @@ def sets_access(path: pathlib.Path | None, environment: Mapping[str, str]) -> bo
             settings = convert(access, AccessSettings, str(path))
         except ConfigError:
             return True
-        return bool(settings.keys) or settings.anonymous
+        is_added = bool(settings.added_keys) and may_exist(path.parent / settings.added_keys)
+        return bool(settings.keys) or settings.anonymous or is_added
     try:
         return _ABOUT_ACCESS.search(read_file(path)) is not None
     except ConfigError:
@@ -175,16 +193,21 @@ class Reloader:
         self._files = loaded.files
         """Files in force, and files that a rejected change names."""
         self._seen = _stamps(loaded.files)
-        self._is_open = not loaded.config.access.keys
+        self._is_open = loaded.keys.is_open
         self._asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.error: ConfigError | None = None
         """Reason why the current files are not in force."""
 
     @property
-    def added_path(self) -> pathlib.Path | None:
+    def added_models(self) -> pathlib.Path | None:
         """Path of the file of added models, as configured."""
-        return self._loaded.added
+        return self._loaded.added_models
+
+    @property
+    def added_keys(self) -> pathlib.Path | None:
+        """Path of the file of added keys, as configured."""
+        return self._loaded.added_keys
 
     def start(self, supervisor: Supervisor) -> None:
         """Start the watch, and handle SIGHUP where this is a process's main thread."""
@@ -211,8 +234,8 @@ class Reloader:
         looked_at = _Looked()
         try:
             found = load(self._path, self._environment, files=looked_at)
-            if not self._is_open and not found.config.access.keys:
-                reason = "is gone: a running gateway does not give up its keys; restart it to let everybody in"
+            if not self._is_open and found.keys.is_open:
+                reason = "are gone: a running gateway does not give up its keys; restart it to let everybody in"
                 raise ConfigError(str(self._path or config.NO_FILE), "access.keys", reason)
         except ConfigError as error:
             self._watch_also(looked_at.stamps | seen, (*self._loaded.files, *looked_at))
@@ -228,9 +251,9 @@ class Reloader:
         )
         gone = before.catalogue.withdrawn.union(before.catalogue.profiles).difference(found.catalogue.profiles)
         catalogue = dataclasses.replace(found.catalogue, withdrawn=gone)
-        self._loaded = Loaded(settings, catalogue, found.keys, found.files, found.added)
+        self._loaded = dataclasses.replace(found, config=settings, catalogue=catalogue)
         self._watch_also(looked_at.stamps | seen, found.files)
-        self._is_open = not settings.access.keys
+        self._is_open = found.keys.is_open
         try:
             self._apply(self._loaded)
         except Exception as error:
@@ -256,10 +279,12 @@ class Reloader:
         self._seen = {path: seen[path] for path in self._files}
 
     def _reject(self, error: ConfigError) -> None:
-        """Keep the configuration; without keys, refuse every request if the change set access."""
+        """Keep the configuration; without keys, refuse every request if the change set access, or added a key."""
         self.error = error
         log.error("configuration not reloaded: %s", error)
-        if self._is_open and sets_access(self._path, self._environment):
+        added_keys = self._loaded.added_keys
+        adds_keys = added_keys is not None and may_exist(added_keys)
+        if self._is_open and (adds_keys or sets_access(self._path, self._environment)):
             log.critical("every request is refused until the configuration, which sets access, is corrected")
             closed = dataclasses.replace(self._loaded, keys=CLOSED)
             self._apply(closed)

@@ -109,6 +109,9 @@ def print_line(line: str, console: Console | None = None) -> None:
 
 def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the limits and the usage of keys, as ``used/limit``."""
+    if not answer.get("required", True):
+        print_line("there is no key, and none is needed; `cortex keys add NAME` makes the first one", console)
+        return
     console = console or standard_console()
     table = _table("Key", "Models", ">Prio", ">Per min", ">Now", ">Tokens", ">Ever")
     for key in answer.get("keys", ()):

@@ -71,7 +71,8 @@ class Worker:
             reloader.reload,
             lambda: reloader.error,
             token,
-            lambda: reloader.added_path,
+            lambda: reloader.added_models,
+            lambda: reloader.added_keys,
         )
         await self.gateway.start()
         reloader.start(self.gateway.supervisor)

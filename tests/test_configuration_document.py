@@ -84,6 +84,8 @@ def type_name(kind: Any) -> str:
             return f"number{bounds(kind)}"
         case msgspec.inspect.StrType() | msgspec.inspect.EnumType():
             return "string"
+        case msgspec.inspect.DateTimeType():
+            return "time"
         case msgspec.inspect.VarTupleType():
             return "list of strings"
         case msgspec.inspect.DictType():

@@ -29,8 +29,8 @@ neuron.text.token_bytes
 cortex cortex._fast.event_fields cortex._fast.log_fields cortex._fast.peek cortex._fast.response_writer
 cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.dialects.anthropic_errors
 cortex.dialects.openai_chunks cortex.dialects.openai_errors cortex.errors cortex.fleet.state cortex.guard
-cortex.report cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors neuron.text.plain
-neuron.triton_kernels
+cortex.owned_file cortex.report cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors
+neuron.text.plain neuron.triton_kernels
 
 cortex._fast.chat_events cortex._fast.chat_stream cortex._fast.http_client cortex._fast.messages_stream
 cortex._fast.responses_stream cortex._fast.usage_scanner cortex.access cortex.http_io cortex.logs neuron.device
@@ -39,8 +39,8 @@ neuron.harness neuron.layers neuron.text.matcher
 cortex.asgi_io cortex.config cortex.dialects cortex.event_stream cortex.send_window neuron.batch
 neuron.engine_settings neuron.metrics
 
-cortex._fast.record cortex.gateway_client cortex.known_models cortex.store cortex.upstream neuron.api_description
-neuron.call_headers neuron.config neuron.models
+cortex._fast.record cortex.admin_keys cortex.gateway_client cortex.known_models cortex.store cortex.upstream
+neuron.api_description neuron.call_headers neuron.config neuron.models
 
 cortex._fast.stream_forwarder cortex.agents cortex.chat_client cortex.conversation_endpoints cortex.fleet
 cortex.load_watch cortex.local_daemons cortex.metrics cortex.preflight cortex.responses neuron.load neuron.text.tekken
@@ -48,8 +48,8 @@ cortex.load_watch cortex.local_daemons cortex.metrics cortex.preflight cortex.re
 cortex.admin cortex.chat cortex.endpoints cortex.launch cortex.operate cortex.preparation cortex.reload
 cortex.request_log cortex.stored_endpoints cortex.stream_forwarding neuron.text.tokenizer
 
-cortex._fast.fast_path cortex.admin_models cortex.catalogue_commands cortex.dashboard cortex.demo cortex.run
-neuron.engine neuron.text
+cortex._fast.fast_path cortex.admin_models cortex.catalogue_commands cortex.dashboard cortex.demo cortex.key_commands
+cortex.run neuron.engine neuron.text
 
 cortex.api_description cortex.cli cortex.inference cortex.rsgi_io neuron.generation
 

@@ -141,15 +141,15 @@ class Authenticator:
         """Return whether a principal presented a key."""
         return principal is not self.keys.anonymous
 
-    def check_admin(self, header: Headers) -> None:
-        """Check that a request has an administrator's key, or the administrator's token of this host.
+    def check_admin(self, header: Headers) -> Principal:
+        """Return the principal of a request with an administrator's key, or the administrator's token of this host.
 
         Raises:
             ApiError: it has neither.
         """
         key = _key(header)
         if self._is_local(key):
-            return
+            return LOCAL
         if key is None:
             raise UnauthorizedError(
                 "/admin needs an administrator's key. On the gateway's own host 'cortex dashboard' prints a link with "
@@ -160,6 +160,7 @@ class Authenticator:
             raise UnauthorizedError("This is not the token of this gateway: it has another since its last start.")
         if not principal.is_admin:
             raise ForbiddenError("This key is not an administrator's.")
+        return principal
 
     def _is_local(self, key: bytes | None) -> bool:
         return bool(self._local) and key is not None and hmac.compare_digest(hashlib.sha256(key).digest(), self._local)

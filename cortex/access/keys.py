@@ -1,14 +1,16 @@
-"""``keys.toml``: the hashes of the clients' keys, with the permissions and limits of each.
+"""Keys of clients: the hash of each, with its permissions and limits, from ``keys.toml``.
 
 A key is 32 random bytes, so one round of SHA-256 protects it as well as a slow hash would, and the time of a lookup by
 hash reveals nothing of the key. Files and logs hold no key, but its name.
 """
 
+import datetime
 import hashlib
 import hmac
 import pathlib
 import re
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -25,6 +27,9 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,62}\Z"
 NAME_RULE = "a name is 1 to 63 of A-Z a-z 0-9 . _ @ -, and begins with a letter or a digit"
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+KeyName = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
+Time = Annotated[datetime.datetime, msgspec.Meta(tz=True)]
+"""A time with its offset from UTC."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -47,11 +52,9 @@ class Limits(msgspec.Struct, frozen=True):
 NO_LIMITS = Limits()
 
 
-class KeySettings(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry of ``[[keys]]``: a key's limits, and the rest of it."""
+class KeyPermissions(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Permissions and limits of a key."""
 
-    name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
-    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
     models: tuple[str, ...] = ()
     """Ids of the models it may use; an id that ends with ``*`` is a prefix."""
     admin: bool = False
@@ -59,6 +62,26 @@ class KeySettings(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Priority of its requests. Below 0: they are served from spare capacity only."""
     strict: bool | None = None
     """Whether a request with an unknown member is refused; left out, ``access.strict`` decides."""
+    expires_at: Time | None = None
+    """Time from which the key is refused."""
+
+    @property
+    def may_do_nothing(self) -> bool:
+        """Whether there is nothing that the key may do."""
+        return not self.models and not self.admin
+
+
+class KeySettings(KeyPermissions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry of ``[[keys]]``."""
+
+    name: KeyName
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+
+    def principal(self) -> "Principal":
+        """Return the principal whose key this is."""
+        expires_s = self.expires_at.timestamp() if self.expires_at else 0.0
+        limits = msgspec.convert(self, Limits, from_attributes=True)
+        return Principal(self.name, self.models, self.admin, self.priority, limits, self.strict, expires_s)
 
 
 class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,6 +101,8 @@ class Principal:
     limits: Limits = NO_LIMITS
     is_strict: bool | None = None
     """Whether its requests with unknown members are refused; ``None`` leaves it to the gateway."""
+    expires_s: float = 0.0
+    """Unix time from which its key is refused; 0: never."""
 
     def may_use(self, model: str) -> bool:
         """Return whether it may use a model, by its id."""
@@ -89,6 +114,16 @@ class Principal:
     def uses_spare_capacity(self) -> bool:
         """Whether its requests are served from spare capacity only."""
         return self.priority < 0
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether its key is refused now because of its age."""
+        return bool(self.expires_s) and time.time() >= self.expires_s
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether each of its requests is admitted without a look at the clock, its use or the load."""
+        return self.limits.are_none and not self.uses_spare_capacity and not self.expires_s
 
 
 EVERYBODY = Principal()
@@ -104,16 +139,24 @@ class KeyRing:
     """All keys, and the principal of requests without one; ``None``: these are refused.
 
     ``principals`` are indexed by the first bytes of a key's hash; the whole hash is then compared in constant time.
+    ``added`` has the names of the keys that administrators made at the gateway (:mod:`cortex.access.added`).
     """
 
     principals: Mapping[bytes, tuple[bytes, Principal]] = field(default_factory=dict)
     anonymous: Principal | None = EVERYBODY
+    added: frozenset[str] = frozenset()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no key is needed: there is no file of keys."""
+        return self.anonymous is EVERYBODY
 
     def identify(self, key: bytes | None) -> Principal:
         """Return the principal of ``key``.
 
         Raises:
             UnauthorizedError: the key is required and missing, or unknown. The message does not repeat it.
+            KeyExpiredError: the key has expired.
         """
         if key is None or (not self.principals and self.anonymous is not None):
             if self.anonymous is None:
@@ -123,6 +166,8 @@ class KeyRing:
         known, principal = self.principals.get(digest[:INDEX_BYTES], NO_KEY)
         if not hmac.compare_digest(known, digest):
             raise UnauthorizedError("Incorrect API key provided.")
+        if principal.expires_s and principal.has_expired:
+            raise KeyExpiredError(f"The API key '{principal.name}' has expired.")
         return principal
 
     def by_name(self) -> Sequence[Principal]:
@@ -131,6 +176,12 @@ class KeyRing:
         if self.anonymous is not None and self.anonymous is not EVERYBODY:
             principals.append(self.anonymous)
         return sorted(principals, key=lambda principal: principal.name)
+
+
+class KeyExpiredError(UnauthorizedError):
+    """The key was valid until a time that has passed."""
+
+    code = "api_key_expired"
 
 
 class AccessMisconfiguredError(UnavailableError):
@@ -177,11 +228,9 @@ def load(path: pathlib.Path, anonymous: Principal | None = None) -> KeyRing:
         if digest[:INDEX_BYTES] in principals:
             other = principals[digest[:INDEX_BYTES]][1].name
             raise ConfigError(source, f"keys[{index}].sha256", f"is also {other!r}'s")
-        if not key.models and not key.admin:
+        if key.may_do_nothing:
             raise ConfigError(source, f"keys[{index}].models", f'{key.name!r} may use no model; ["*"] is all of them')
-        limits = msgspec.convert(key, Limits, from_attributes=True)
-        principal = Principal(key.name, key.models, key.admin, key.priority, limits, key.strict)
-        principals[digest[:INDEX_BYTES]] = digest, principal
+        principals[digest[:INDEX_BYTES]] = digest, key.principal()
     warn_if_readable_by_all(path, "the hashes of keys")
     return KeyRing(principals, anonymous)
 

@@ -4,7 +4,7 @@ _cortex() {
     COMPREPLY=()
     case "$previous" in
         --config|--key-file|--ca-file) mapfile -t COMPREPLY < <(compgen -f -- "$current"); return ;;
-        --listen|--metrics-listen|--workers|--url|--context|--node|--id|--system|--set|--drain-timeout|--new|--model|--small-model) return ;;
+        --listen|--metrics-listen|--workers|--url|--context|--node|--id|--system|--set|--drain-timeout|--models|--priority|--requests-per-minute|--max-concurrent|--tokens-per-window|--balance-tokens|--window|--expires|--model|--small-model) return ;;
     esac
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
         case "$word" in serve|run|pull|show|rm|ps|search|status|models|load|unload|forget|pin|drain|dashboard|reload|keys|launch|demo) command="$word"; break ;; esac
@@ -27,7 +27,7 @@ _cortex() {
         drain) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --off' -- "$current") ;;
         dashboard) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
         reload) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
-        keys) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --new' -- "$current") ;;
+        keys) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --models --admin --priority --requests-per-minute --max-concurrent --tokens-per-window --balance-tokens --window --expires --print' -- "$current") ;;
         launch) mapfile -t COMPREPLY < <(compgen -W '-h --help --model --small-model --print --url --config --key-file --ca-file' -- "$current") ;;
         demo) mapfile -t COMPREPLY < <(compgen -W '-h --help --once' -- "$current") ;;
     esac

@@ -185,10 +185,10 @@ def test_tables_fit_80_columns() -> None:
 def test_a_new_key_and_a_gateway_that_is_not_there(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli.main(["keys", "--new", "alice", "--json"]) == 0
+    assert cli.main(["keys", "add", "alice", "--print", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["key"].startswith("sk-cortex-")
-    assert cli.main(["keys", "--new", "alice"]) == 0
+    assert cli.main(["keys", "add", "alice", "--print", "--expires", "2099-01-31"]) == 0
     out = capsys.readouterr().out
     path = tmp_path / "keys.toml"
     path.write_text(out.split("For keys.toml:")[1])

@@ -124,7 +124,7 @@ async def test_settings_that_need_a_restart_are_logged(
     ("text", "key", "reason"),
     [
         ('[access]\nkeys = "no.toml"\n', "", "cannot be read"),
-        ("[access]\nanonymous = true\n", "access.anonymous", "means nothing without access.keys"),
+        ("[access]\nanonymous = true\n", "access.anonymous", "means nothing without keys"),
         ('[access]\nkeys = "keys.toml"\n[gateway]\nworkers = 2\n', "access.counters", "only count together"),
     ],
 )
