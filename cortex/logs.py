@@ -9,7 +9,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from enum import StrEnum
 from typing import Any, TextIO
@@ -28,6 +28,19 @@ class LogFormat(StrEnum):
 
 WRITE_AFTER_S = 0.01
 """Time for which an event loop's lines wait for others, to be written together."""
+
+
+_listeners: list[Callable[[str], None]] = []
+
+
+def listen(listener: Callable[[str], None]) -> Callable[[], None]:
+    """Call ``listener`` with the lines that are written from now on, several at a time; return a function that ends
+    this.
+
+    It is called in any thread, and may not log.
+    """
+    _listeners.append(listener)
+    return lambda: _listeners.remove(listener)
 
 
 _TELLS_NOTHING: Mapping[str, object] = logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO"}).__dict__
@@ -118,7 +131,10 @@ class _Handler(logging.StreamHandler[TextIO]):
         with self.lock or nullcontext():
             if self._lines:
                 lines, self._lines = self._lines, []
-                self.stream.write("\n".join(lines) + "\n")
+                text = "\n".join(lines)
+                self.stream.write(text + "\n")
+                for listener in _listeners:
+                    listener(text)
             super().flush()
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from cortex import __version__
 from cortex.dashboard.journal import Entry, Journal
+from cortex.dashboard.log_tail import LogTail
 from cortex.dashboard.rates import SERIES, Point, Rates
 from cortex.dashboard.view import Tree, catalogue_tree, difference, node_tree
 from cortex.errors import GatewayStoppedError
@@ -30,6 +31,8 @@ from cortex.wire.errors import ApiError, OverloadedError
 INTERVAL_S = 1.0
 RECENT_REQUESTS = 100
 """Number of requests that are sent to a page that opens; an SSE event has at most half as many new ones."""
+RECENT_LINES = 256
+"""Number of lines of the log that are sent to a page that opens; an SSE event has at most half as many new ones."""
 KEPT_SSE_EVENTS = 20
 """Number of SSE events, one a second, that a viewer may be behind before it gets the whole state again."""
 MAX_VIEWERS = 64
@@ -51,9 +54,10 @@ class Feed:
     ) -> None:
         """``may_watch`` raises if an exchange may not watch, and is called every second. ``build`` is the files' hash.
 
-        In ``folder`` the workers of a gateway share the requests that have ended.
+        In ``folder`` the workers of a gateway share the requests that have ended, and the latest lines of their logs.
         """
         self.journal = Journal(folder)
+        self._log = LogTail(folder)
         self._supervisor = supervisor or Supervisor()
         self._service = service
         self._config_error = config_error
@@ -61,6 +65,7 @@ class Feed:
         self._build = build
         self._rates = Rates()
         self._recent: deque[Entry] = deque(maxlen=RECENT_REQUESTS)
+        self._lines: deque[str] = deque(maxlen=RECENT_LINES)
         self._trees: dict[str, tuple[Node, Tree]] = {}
         self._state: Tree = {}
         self._sse_events: deque[bytes] = deque(maxlen=KEPT_SSE_EVENTS)
@@ -75,6 +80,7 @@ class Feed:
 
     def start(self) -> None:
         """Start to make an SSE event each second."""
+        self._log.start()
         self._task = self._supervisor.start("dashboard", self._run)
 
     def close(self) -> None:
@@ -85,6 +91,7 @@ class Feed:
     async def stop(self) -> None:
         """Stop making SSE events."""
         self.close()
+        self._log.stop()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -112,6 +119,8 @@ class Feed:
         point = self._rates.take(time.time(), nodes, ended, now - self._ticked_at)
         self._ticked_at = now
         self._recent.extend(ended.entries)
+        lines = self._log.read()
+        self._lines.extend(lines)
         if not self._num_viewers:
             self._state = {}
             self._trees.clear()
@@ -120,6 +129,8 @@ class Feed:
         changes: Tree = {"point": point}
         if ended.entries:
             changes["requests"] = ended.entries[-RECENT_REQUESTS // 2 :]
+        if lines:
+            changes["log"] = lines[-RECENT_LINES // 2 :]
         if patch := difference(before, self._state):
             changes["patch"] = patch
         self._number += 1
@@ -158,6 +169,7 @@ class Feed:
             "series": SERIES,
             "points": points,
             "requests": list(self._recent),
+            "log": list(self._lines),
             "state": self._state,
         }
         return b"event: whole\ndata: " + self._encode(whole) + b"\n\n"

@@ -5,6 +5,7 @@ import { AddModel } from "./add.js";
 import { Chat } from "./chat.js";
 import { $, shown, text } from "./dom.js";
 import { Feed } from "./feed.js";
+import { Logs } from "./logs.js";
 import { Models, summary } from "./models.js";
 import { Nodes } from "./nodes.js";
 import { Overview } from "./overview.js";
@@ -18,7 +19,8 @@ const store = new Store();
 const overview = new Overview($("overview"));
 const models = new Models(store);
 const nodes = new Nodes(store);
-const requests = new Requests(store);
+const logs = new Logs();
+const requests = new Requests(store, logs);
 const chat = new Chat();
 const clientKeys = new ClientKeys();
 new AddModel();
@@ -80,6 +82,7 @@ const feed = new Feed({
       models.update();
       nodes.update();
       requests.replace(data.requests);
+      logs.replace(data.log);
       clientKeys.watch(true);
       talkables();
       tellNotice();
@@ -95,6 +98,7 @@ const feed = new Feed({
         if ("config_error" in data.patch) tellNotice();
       }
       if (data.requests) requests.add(data.requests);
+      if (data.log) logs.add(data.log);
     });
   },
 });
@@ -106,6 +110,7 @@ function forget(why) {
   models.update();
   nodes.update();
   requests.replace([]);
+  logs.replace([]);
   clientKeys.watch(false);
   overview.clear();
   talked = "";

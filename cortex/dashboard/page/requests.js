@@ -1,4 +1,4 @@
-// The latest requests, newest first, with their usage and outcome, and without their text.
+// The latest requests, newest first, with their usage and outcome, and without their text; one in detail on demand.
 
 import { $, h, shown, text } from "./dom.js";
 import { clock, cost, count, dollars, seconds } from "./format.js";
@@ -12,7 +12,7 @@ function kind(status) {
   return status >= 500 ? "error" : status >= 400 ? "refused" : "ok";
 }
 
-function row(entry, pricing) {
+function row(entry, pricing, open) {
   const price = cost(pricing, { input: entry.tokens_in, cached: entry.tokens_cached ?? 0, output: entry.tokens_out });
   const status = pill();
   setPill(status, kind(entry.status), String(entry.status));
@@ -21,7 +21,7 @@ function row(entry, pricing) {
   const cached = entry.tokens_cached ? h("span.cached", { title: "of these from the prefix cache" }, ` (${count(entry.tokens_cached)})`) : "";
   return h(
     "tr", { title: entry.id, "data-kind": kind(entry.status) },
-    h("td.time", {}, clock(entry.at)), h("td", {}, status), h("td.model", {}, entry.model || "–"),
+    h("td.time", {}, h("button.link", { type: "button", "aria-label": `${clock(entry.at)}: details`, onclick: () => open(entry) }, clock(entry.at))), h("td", {}, status), h("td.model", {}, entry.model || "–"),
     h("td.wide", {}, entry.node || "–"), h("td.wide", {}, entry.dialect.replace(/^(openai|anthropic)-/, "")), h("td.wide.key", {}, entry.key ?? ""), h("td.wide", {}, entry.finish),
     h("td.number.wide", {}, count(entry.tokens_in ?? 0), cached), h("td.number", {}, count(entry.tokens_out ?? 0)),
     h("td.number", {}, seconds(entry.ttft_s)), h("td.number.wide", {}, speed === null ? "–" : count(Math.round(10 * speed) / 10)),
@@ -30,10 +30,26 @@ function row(entry, pricing) {
 }
 
 export class Requests {
-  constructor(store) {
+  constructor(store, logs) {
     this.store = store;
+    this.logs = logs;
+    this.open = (entry) => this.show(entry);
     this.body = $("requests-rows");
     this.which = "all";
+    $("request-log").addEventListener("click", () => {
+      $("request-dialog").close();
+      this.logs.show(this.shown.id);
+    });
+  }
+
+  // Show a request's own fields, as its line in the log has them.
+  show(entry) {
+    this.shown = entry;
+    const fields = { ended: new Date(1000 * entry.at).toLocaleString(), ...entry };
+    delete fields.at;
+    $("request-fields").replaceChildren(...Object.entries(fields).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
+    shown($("request-log"), this.logs.of(entry.id).length > 0);
+    $("request-dialog").showModal();
   }
 
   replace(entries) {
@@ -44,7 +60,7 @@ export class Requests {
   add(entries) {
     const fragment = document.createDocumentFragment();
     const { models } = this.store.state;
-    for (const entry of entries.slice(-KEPT)) fragment.prepend(row(entry, models[entry.model]?.pricing));
+    for (const entry of entries.slice(-KEPT)) fragment.prepend(row(entry, models[entry.model]?.pricing, this.open));
     $("requests-table").classList.toggle("unpriced", !Object.values(models).some(({ pricing }) => pricing));
     if (entries.some((entry) => entry.key)) $("requests-table").classList.remove("keyless");
     this.body.prepend(fragment);

@@ -17,11 +17,12 @@ import pytest
 from asgi_call import Call
 from fake_node import GIB, FakeNode, error
 from gateway_rig import Rig, rig, until, write_config
-from key_rig import KEY, ring
+from key_rig import KEY
+from key_rig import ring as key_ring
 
 from cortex.access.keys import Principal
 from cortex.config import Config, ModelProfile
-from cortex.dashboard import assets, feed, journal, view
+from cortex.dashboard import assets, feed, journal, ring, view
 from cortex.dashboard.feed import Feed
 from cortex.dashboard.journal import Journal
 from cortex.dashboard.rates import SERIES
@@ -158,7 +159,7 @@ def test_every_import_is_of_a_file_that_is_there_and_addresses_are_relative() ->
 async def test_the_page_is_public_and_the_feed_needs_an_administrator() -> None:
     async with rig(FakeNode().ready("m")) as gateway:
         assert (await gateway.call("GET", "/admin/events", b"", {"authorization": ""}).end()).status == 401
-    keys = ring((KEY, Principal("root", (), is_admin=True)), ("user", Principal("user")))
+    keys = key_ring((KEY, Principal("root", (), is_admin=True)), ("user", Principal("user")))
     async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         for key, status in ((None, 401), ("wrong", 401), ("user", 403)):
             given = {"authorization": f"Bearer {key}"} if key else {}
@@ -176,11 +177,11 @@ async def test_the_page_is_public_and_the_feed_needs_an_administrator() -> None:
 
 async def test_a_key_that_is_taken_away_ends_the_feed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.02)
-    keys = ring((KEY, Principal("root", (), is_admin=True)))
+    keys = key_ring((KEY, Principal("root", (), is_admin=True)))
     async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         watching = gateway.call("GET", "/admin/events", b"", {"x-api-key": KEY})
         await watching.until(lambda call: len(events(call.body)) >= 3)
-        other = ring(("another", Principal("root", (), is_admin=True)))
+        other = key_ring(("another", Principal("root", (), is_admin=True)))
         gateway.gateway.reconfigure(gateway.gateway.settings, Catalogue({}, {}), other)
         await watching.end()
         name, data = events(watching.body)[-1]
@@ -523,10 +524,8 @@ def test_a_ring_counts_everything_and_keeps_the_latest() -> None:
         one.record([(time.time(), fields(number, status))])
     batch = one.read()
     assert (batch.requests, batch.errors) == (1000, 100)
-    assert [entry.id for entry in batch.entries] == [
-        f"r{number}" for number in range(1000 - journal.NUM_SLOTS + 1, 1000)
-    ]
-    one._ring.add(b'{"half')
+    assert [entry.id for entry in batch.entries] == [f"r{number}" for number in range(1000 - ring.NUM_SLOTS + 1, 1000)]
+    one._rings.own.add(b'{"half')
     assert one.read() == journal.Batch(requests=1)
     one.record([(time.time(), fields(1000) | {"model": "x" * 1000})])
     batch = one.read()
@@ -563,4 +562,4 @@ def test_workers_read_one_anothers_rings_while_they_are_written(tmp_path: pathli
                 seen += 1
             assert process.poll() in {None, 0}
     assert total == 20000
-    assert seen >= journal.NUM_SLOTS - 1
+    assert seen >= ring.NUM_SLOTS - 1

@@ -411,6 +411,36 @@ def test_an_answer_is_held_to_a_schema_and_its_request_is_code(
     opened.until("document.querySelector('.toast.bad')?.textContent.includes('The schema is not JSON')")
 
 
+# ------------------------------------------------------------------ requests and the log
+
+
+def test_a_request_has_its_fields_and_its_lines_in_the_log(opened: Page) -> None:
+    send_chat(opened, "m", "hi there")
+    opened.until("!!document.querySelector('#requests-rows .link')", what="the request is listed")
+    opened.click("#requests-rows .link")
+    opened.until("document.getElementById('request-dialog').open")
+    shown = opened.text("#request-fields")
+    assert "openai-chat" in shown
+    assert "scripted" in shown
+    check_axe(opened)
+    id = opened.run("document.querySelector('#requests-rows tr').title")
+    opened.until("!document.getElementById('request-log').hidden")
+    opened.click("#request-log")
+    assert opened.run("document.activeElement.id") == "log-filter"
+    lines = "[...document.querySelectorAll('#log-rows li')].map((line) => line.textContent)"
+    found = opened.run(lines)
+    assert found
+    assert all(id in line for line in found)
+    assert "hi there" not in opened.text("#log")
+    set_value(opened, "log-filter", "")
+    opened.run("document.getElementById('log-filter').dispatchEvent(new Event('input'))")
+    assert len(opened.run(lines)) > len(found)
+    opened.click("input[name=level][value=error] + span")
+    assert opened.run("[...document.querySelectorAll('#log-rows li')].every((line) => line.dataset.level === 'error')")
+    opened.click("input[name=level][value=debug] + span")
+    check_axe(opened)
+
+
 # ------------------------------------------------------------------ the connection
 
 
