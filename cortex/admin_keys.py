@@ -22,6 +22,8 @@ from cortex.dialects import openai_fields
 from cortex.errors import KeyExistsError, KeyNotAddedError, KeysNotWritableError
 from cortex.http_io import Exchange
 from cortex.settings import ConfigError
+from cortex.store.interface import StoreError
+from cortex.usage_recorder import UsageRecorder
 from cortex.wire.errors import InvalidRequestError
 
 log = logging.getLogger("cortex.access")
@@ -31,9 +33,9 @@ PATH = "/admin/keys/"
 
 
 class KeyReport(Limits, frozen=True, kw_only=True):
-    """A key, its permissions and its use of its limits. A limit of 0 is none, as is an ``expires_s`` of 0.
+    """A key, its permissions and its use of its limits. A limit of 0 is none, as is a time of 0.
 
-    ``added`` is whether it was made here, and so can be changed here.
+    ``added`` is whether it was made here, and so can be changed here; times are Unix times.
     """
 
     name: str
@@ -42,6 +44,7 @@ class KeyReport(Limits, frozen=True, kw_only=True):
     priority: int
     used: Usage
     expires_s: float = 0.0
+    last_used_s: float = 0.0
     added: bool = False
 
 
@@ -78,12 +81,14 @@ class KeyAdmin:
     def __init__(
         self,
         authenticator: Authenticator,
+        usage: UsageRecorder,
         settings: Callable[[], Config],
         reload: Callable[[], None],
         added_keys: Callable[[], pathlib.Path | None],
     ) -> None:
         """``added_keys`` returns the path of the file of added keys."""
         self._authenticator = authenticator
+        self._usage = usage
         self._settings = settings
         self._reload = reload
         self._added_keys = added_keys
@@ -91,6 +96,10 @@ class KeyAdmin:
     async def list(self, exchange: Exchange) -> None:
         """``GET /admin/keys``: every key by name, without the key itself."""
         ring = self._authenticator.keys
+        try:
+            last_used_s = await self._usage.last_used()
+        except StoreError:  # logged, and no reason to hide the keys
+            last_used_s = {}
         rows = []
         for principal in ring.by_name():
             limits = principal.limits
@@ -104,6 +113,7 @@ class KeyAdmin:
                     **msgspec.structs.asdict(limits),
                     used=used,
                     expires_s=principal.expires_s,
+                    last_used_s=last_used_s.get(principal.name, 0.0),
                     added=principal.name in ring.added,
                 )
             )

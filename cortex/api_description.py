@@ -5,6 +5,7 @@ from cortex.access.keys import KeyPermissions
 from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, LoadAct, ModelAct, PinAct
 from cortex.admin_keys import KeysReport, MadeKey, NewKey, RevokedKey
 from cortex.admin_models import FitAct, FitReport, KnownReport, PullAct, Removed
+from cortex.admin_usage import UsageReport
 from cortex.config import ModelProfile
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
 from cortex.dialects import openapi
@@ -12,6 +13,7 @@ from cortex.dialects.openapi import COUNT, LIST, OBJECT, RESPONSE_ANSWER, TEXT, 
 from cortex.fleet.offers import FullOfferList, Offer
 from cortex.wire.node import Health
 
+_DAY: Schema = {"type": "string", "format": "date"}
 _PAGE = object_with(object={"const": "list"}, data=LIST, has_more={"type": "boolean"})
 _PAGED: dict[str, Schema] = {
     "limit": {"type": "integer", "minimum": 1, "maximum": 100},
@@ -54,6 +56,13 @@ OPERATIONS = (
         "PATCH", "/admin/keys/{name}", "Change the permissions and limits of a key.", KeyPermissions, KeyPermissions
     ),
     Operation("DELETE", "/admin/keys/{name}", "Revoke a key.", RevokedKey),
+    Operation(
+        "GET",
+        "/admin/usage",
+        "Report the use of each key and model on each day.",
+        UsageReport,
+        query={"from": _DAY, "to": _DAY, "key": TEXT, "model": TEXT},
+    ),
     Operation("GET", "/admin/models", "List the models, where they are and how they are sampled.", FullOfferList),
     Operation("POST", "/admin/models", "Add a model to the catalogue.", ModelProfile, ModelProfile),
     Operation("GET", "/admin/models/known", "List the models that are known by a short name.", KnownReport),

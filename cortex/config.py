@@ -168,6 +168,8 @@ class StoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Size of all responses in the SQLite file; the oldest are deleted first, of the key that has most."""
     max_bytes_per_key: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Size of the responses and conversations of one key there; 0: a quarter of ``max_bytes``."""
+    usage_days: Annotated[int, msgspec.Meta(ge=1, le=36500)] = 400
+    """Days of use per key and model that are kept, of those with any."""
     socket_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 256 * 1024 * 1024
     """Size of all conversations that WebSocket connections of one worker hold, stored or not."""
     socket_bytes_per_key: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -5,10 +5,11 @@ the table of paths names everything that it wires up.
 """
 
 import asyncio
+import contextlib
 import logging
 import pathlib
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from cortex import api_description, logs, store
 from cortex.access.authenticator import Authenticator, principal_of
@@ -18,7 +19,8 @@ from cortex.access.valkey import ValkeyRateLimiter
 from cortex.admin import Admin
 from cortex.admin_keys import KeyAdmin
 from cortex.admin_models import ModelAdmin
-from cortex.config import AccessSettings, Config, CountersKind, StoreKind
+from cortex.admin_usage import UsageAdmin
+from cortex.config import AccessSettings, Config, CountersKind, Price, StoreKind
 from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
 from cortex.dashboard.feed import Feed
@@ -50,18 +52,20 @@ from cortex.metrics import (
     folder_of_workers,
     forget_dead_workers,
 )
-from cortex.request_log import RequestLog
+from cortex.request_log import Line, RequestLog
 from cortex.responses.background import Background
 from cortex.responses.hook import ResponsesHook
 from cortex.responses.socket_memory import SocketMemory
 from cortex.responses.websocket import ResponsesSocket, refuse_socket
 from cortex.settings import ConfigError, split_address
+from cortex.store import usage
 from cortex.store.conversation import Conversations
 from cortex.store.interface import StoreError
 from cortex.store.named import NamedConversations
 from cortex.store.sqlite import SqliteStore
 from cortex.stored_endpoints import StoredEndpoints
 from cortex.supervise import Supervisor
+from cortex.usage_recorder import TASK, UsageRecorder
 from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
 from cortex.wire.headers import REQUEST_ID, request_id_of
 from cortex.wire.node import NodeState
@@ -117,6 +121,7 @@ class Gateway:
         self._serving_metrics: asyncio.Task[None] | None = None
         self._counting: asyncio.Task[None] | None = None
         self._lag: asyncio.Task[None] | None = None
+        self._recording: asyncio.Task[None] | None = None
         self._store = store.make(settings.store)
         if isinstance(self._store, SqliteStore):
             self._store.on_damaged = self.metrics.damaged_stores.inc
@@ -135,7 +140,8 @@ class Gateway:
         hook = ResponsesHook(conversations, self._background, self.authenticator)
         admin = Admin(self.service, reload, config_error, self.supervisor)
         changes = ModelAdmin(self.service, reload, added_models)
-        keys_of_clients = KeyAdmin(self.authenticator, lambda: self.settings, reload, added_keys)
+        self._usage = UsageRecorder(usage.make(self._store, settings.store.usage_days), self._price_of, self.supervisor)
+        keys_of_clients = KeyAdmin(self.authenticator, self._usage, lambda: self.settings, reload, added_keys)
         page = assets.read()
         self._feed = Feed(
             self.service,
@@ -145,7 +151,7 @@ class Gateway:
             folder=folder_of_workers(),
             supervisor=self.supervisor,
         )
-        self.request_log.on_written = self._feed.journal.record
+        self.request_log.on_written = self._pass_on
         counted = self._counted
         stored = StoredEndpoints(conversations, self._background)
         named = ConversationEndpoints(self._named)
@@ -164,6 +170,7 @@ class Gateway:
             "/version": {"GET": endpoints.version},
             "/admin/fleet": {"GET": admin.fleet},
             "/admin/keys": {"GET": keys_of_clients.list, "POST": keys_of_clients.add},
+            "/admin/usage": {"GET": UsageAdmin(self._usage).report},
             "/admin/models": {"GET": endpoints.all_models, "POST": changes.add},
             "/admin/models/known": {"GET": changes.known},
             "/admin/models/fit": {"POST": changes.fit},
@@ -240,6 +247,7 @@ class Gateway:
             if not self._has_metrics:
                 self._serving_metrics = self.supervisor.start("metrics listener", self._keep_trying_to_serve_metrics)
         self._counting = self.supervisor.start("metrics", self.metrics.run)
+        self._recording = self.supervisor.start(TASK, self._usage.run)
         self._lag = self.supervisor.start("loop lag", lambda: watch_lag(self.metrics.loop_lag_s.observe))
         self.service.start()
         self._feed.start()
@@ -285,6 +293,7 @@ class Gateway:
         await self.service.stop()
         await self.authenticator.rate_limiter.close()
         await self._stop_counting()
+        await self._stop_recording()
         if self._serving_metrics is not None:
             self._serving_metrics.cancel()
         self._stop_metrics()
@@ -296,6 +305,22 @@ class Gateway:
             self._counting.cancel()
             await asyncio.wait({self._counting})
         self.metrics.fold()
+
+    async def _stop_recording(self) -> None:
+        if self._recording is not None:
+            self._recording.cancel()
+            await asyncio.wait({self._recording})
+        with contextlib.suppress(StoreError):  # logged
+            await self._usage.write()
+
+    def _pass_on(self, lines: Sequence[Line]) -> None:
+        """Pass the lines of ended requests to the dashboard and to the record of use."""
+        self._feed.journal.record(lines)
+        self._usage.record(lines)
+
+    def _price_of(self, model: str) -> Price | None:
+        profile = self.offered.profiles.get(model)
+        return None if profile is None else profile.price
 
     def reconfigure(self, settings: Config, offered: Catalogue, keys: KeyRing) -> None:
         """Replace nodes, models, keys and limits; running requests are not affected."""

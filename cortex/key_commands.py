@@ -1,6 +1,6 @@
-"""``cortex keys``: list the clients' keys, make one, revoke one.
+"""``cortex keys`` and ``cortex usage``: list the clients' keys, make one, revoke one; show the use of each.
 
-Each is one request to ``/admin/keys``; ``cortex keys add --print`` asks no gateway. The new key goes to standard
+Each is one request to ``/admin``; ``cortex keys add --print`` asks no gateway. The new key goes to standard
 output, once, and is kept nowhere.
 """
 
@@ -38,6 +38,12 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "act", nargs="?", choices=("list", "add", "rm"), default="list", help="list, if nothing is given"
     )
     command.add_argument("name", nargs="?", help="the key's name in logs and lists")
+    usage = operate.add_command(commands, "usage", "show requests, tokens and cost by key, model or day", _usage)
+    usage.add_argument("--by", choices=("key", "model", "day"), default="key", help="what each line is of (key)")
+    for name, meaning in (("from", "first day in UTC (29 days before the last)"), ("to", "last day (today)")):
+        usage.add_argument(f"--{name}", metavar="DAY", help=meaning)
+    usage.add_argument("--key", metavar="NAME", help='of this key only; "" is the use without a key')
+    usage.add_argument("--model", metavar="ID", help="of this model only")
     new = command.add_argument_group("a new key")
     new.add_argument("--models", metavar="ID,...", help="models it may use, by id; qwen* is a prefix (all)")
     new.add_argument("--admin", action="store_true", help="it may use /admin")
@@ -116,6 +122,13 @@ def _add(options: argparse.Namespace) -> int:
     for name, value in row.items():
         _say(f"{name} = {value if name == 'expires_at' else json.dumps(value)}")
     return 0
+
+
+def _usage(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name) for name in ("from", "to", "key", "model")}
+    query = urllib.parse.urlencode({name: value for name, value in given.items() if value is not None})
+    answer = ask(options, "GET", f"/admin/usage{'?' if query else ''}{query}")
+    return operate.show(options, answer, "rows", lambda found: report.print_usage(found, options.by))
 
 
 def _say(text: str) -> int:

@@ -113,20 +113,40 @@ def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> Non
         print_line("there is no key, and none is needed; `cortex keys add NAME` makes the first one", console)
         return
     console = console or standard_console()
-    table = _table("Key", "Models", ">Prio", ">Per min", ">Now", ">Tokens", ">Ever")
+    now = time.time()
+    table = _table("Key", "Models", ">Prio", ">Per min", ">Now", ">Tokens", ">Ever", ">Used")
     for key in answer.get("keys", ()):
         used = key.get("used", {})
+        state = " (expired)" if 0 < key.get("expires_s", 0) <= now else ""
         _add(
             table,
-            _text(key["name"], "bold" if key.get("admin") else ""),
+            _text(key["name"] + state, "bold" if key.get("admin") else ""),
             " ".join(key.get("models", ())) or "-",
             str(key.get("priority", 0)),
             _of(used.get("requests"), key.get("requests_per_minute")),
             _of(used.get("running"), key.get("max_concurrent")),
             _of(used.get("tokens"), key.get("tokens_per_window")),
             _of(used.get("spent_tokens"), key.get("balance_tokens")),
+            f"{_age(now - key['last_used_s'])} ago" if key.get("last_used_s") else "-",
         )
     console.print(table)
+
+
+def print_usage(answer: Mapping[str, Any], by: str, console: Console | None = None) -> None:
+    """Print use, added up by ``key``, ``model`` or ``day``."""
+    console = console or standard_console()
+    numbers = ("requests", "tokens_in", "tokens_cached", "tokens_out", "cost")
+    sums: dict[str, list[float]] = {}
+    for row in answer.get("rows", ()):
+        added = zip(sums.get(row[by], [0.0] * len(numbers)), numbers, strict=True)
+        sums[row[by]] = [value + row.get(name, 0) for value, name in added]
+    ranked = sorted(sums.items(), key=lambda item: item[0] if by == "day" else -item[1][0])
+    table = _table(by.capitalize(), ">Requests", ">Tokens in", ">Cached", ">Tokens out", ">Cost")
+    for name, (*counts, cost) in ranked:
+        _add(table, name or "(no key)", *(_short(int(count)) for count in counts), f"${cost:,.2f}" if cost else "-")
+    console.print(table if table.row_count else "no use")
+    kept = "" if answer.get("persists", True) else "; only since the start of the gateway, which keeps it in memory"
+    console.print(_text(f"{answer.get('first', '')} to {answer.get('last', '')} (UTC){kept}", "dim"))
 
 
 def _of(used: int | None, limit: int | None) -> str:

@@ -39,8 +39,8 @@ neuron.harness neuron.layers neuron.text.matcher
 cortex.asgi_io cortex.config cortex.dialects cortex.event_stream cortex.send_window neuron.batch
 neuron.engine_settings neuron.metrics
 
-cortex._fast.record cortex.admin_keys cortex.gateway_client cortex.known_models cortex.store cortex.upstream
-neuron.api_description neuron.call_headers neuron.config neuron.models
+cortex._fast.record cortex.gateway_client cortex.known_models cortex.store cortex.upstream neuron.api_description
+neuron.call_headers neuron.config neuron.models
 
 cortex._fast.stream_forwarder cortex.agents cortex.chat_client cortex.conversation_endpoints cortex.fleet
 cortex.load_watch cortex.local_daemons cortex.metrics cortex.preflight cortex.responses neuron.load neuron.text.tekken
@@ -49,17 +49,17 @@ cortex.admin cortex.chat cortex.endpoints cortex.launch cortex.operate cortex.pr
 cortex.request_log cortex.stored_endpoints cortex.stream_forwarding neuron.text.tokenizer
 
 cortex._fast.fast_path cortex.admin_models cortex.catalogue_commands cortex.dashboard cortex.demo cortex.key_commands
-cortex.run neuron.engine neuron.text
+cortex.run cortex.usage_recorder neuron.engine neuron.text
 
-cortex.api_description cortex.cli cortex.inference cortex.rsgi_io neuron.generation
+cortex.admin_keys cortex.admin_usage cortex.cli cortex.inference cortex.rsgi_io neuron.generation
 
-cortex.gateway neuron.torch_model
+cortex.api_description neuron.torch_model
 
-cortex.fast_path cortex.worker neuron.torch_harness
+cortex.gateway neuron.torch_harness
 
-cortex.asgi neuron.service
+cortex.fast_path cortex.worker neuron.service
 
-neuron.node_api
+cortex.asgi neuron.node_api
 
 neuron.api
 

@@ -1,4 +1,4 @@
-"""Responses in an SQLite file: the default, for the gateways of one host.
+"""Responses and use in an SQLite file: the default, for the gateways of one host.
 
 All statements run on one thread, so a slow disk delays only requests that need the store. The file is bounded by the
 age of a response since its last use, by the bytes of each key and by those of all; the oldest are deleted first, and
@@ -48,6 +48,11 @@ CREATE TABLE IF NOT EXISTS responses (
 CREATE INDEX IF NOT EXISTS by_age ON responses (expires_at);
 CREATE TABLE IF NOT EXISTS seen (at REAL NOT NULL);
 INSERT INTO seen SELECT 0 WHERE NOT EXISTS (SELECT * FROM seen);
+CREATE TABLE IF NOT EXISTS usage (
+    day TEXT NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL, requests INTEGER NOT NULL, tokens_in INTEGER NOT NULL,
+    tokens_out INTEGER NOT NULL, tokens_cached INTEGER NOT NULL, cost REAL NOT NULL, last_used_s REAL NOT NULL,
+    PRIMARY KEY (day, key, model)
+) WITHOUT ROWID;
 """
 _WITH_OWNERS = """
 CREATE INDEX IF NOT EXISTS by_owner ON responses (owner, expires_at);
@@ -181,6 +186,19 @@ class SqliteStore:
                 return connection.execute(statement, (id, self._clock())).rowcount > 0
 
         return await self._run(lambda: remove(self._open()))
+
+    @property
+    def persists(self) -> bool:
+        """Whether the data survive this process."""
+        return self.path != ":memory:"
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Return the result of ``work``, for other tables of the file. It runs on the store's thread.
+
+        Raises:
+            StoreError: the file cannot be read, or be written to.
+        """
+        return await self._run(lambda: work(self._open()))
 
     async def close(self) -> None:
         """Close the file after the statements under way."""

@@ -3,11 +3,16 @@
 Each response is a key of its own with a time to live; the server's ``maxmemory`` bounds the bytes.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
 
 from cortex.store.interface import StoredResponse, StoreError, from_bytes, to_bytes
+
+if TYPE_CHECKING:
+    from redis.asyncio.client import Pipeline
 
 PREFIX = "cortex:response:"
 TIMEOUT_S = 5.0
@@ -76,6 +81,19 @@ class ValkeyStore:
         """Delete a response."""
         try:
             return bool(await self._client.delete(PREFIX + id))
+        except self._errors as error:
+            raise self._failed(error) from error
+
+    @contextlib.asynccontextmanager
+    async def pipeline(self) -> AsyncIterator["Pipeline"]:
+        """Yield a pipeline of transactions, for other data that are kept here.
+
+        Raises:
+            StoreError: the server does not answer.
+        """
+        try:
+            async with self._client.pipeline(transaction=True) as pipeline:
+                yield pipeline
         except self._errors as error:
             raise self._failed(error) from error
 

@@ -57,8 +57,26 @@ def test_keys_without_limits_are_shown_as_such(capsys: pytest.CaptureFixture[str
     limited = {"name": "alice", "models": ["*"], "requests_per_minute": 60, "used": {"requests": 7}}
     report.print_keys({"keys": [limited, {"name": "bob", "models": ["m"], "used": {}}]})
     *_, alice, bob = (line.split() for line in capsys.readouterr().out.splitlines() if line.strip())
-    assert alice == ["alice", "*", "0", "7/60", "-", "-", "-"]
-    assert bob == ["bob", "m", "0", "-", "-", "-", "-"]
+    assert alice == ["alice", "*", "0", "7/60", "-", "-", "-", "-"]
+    assert bob == ["bob", "m", "0", "-", "-", "-", "-", "-"]
+
+
+def test_use_is_added_up_by_key_model_or_day(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"day": "2027-01-01", "key": "", "model": "m", "requests": 1, "tokens_in": 20_000, "tokens_out": 5, "cost": 0}
+    rows = [row, {**row, "day": "2027-01-02", "key": "alice", "requests": 2, "cost": 1.234}]
+    answer = {"rows": rows, "first": "2027-01-01", "last": "2027-01-30", "persists": False}
+    for by, lines in (
+        ("key", [["alice", "2", "20k", "0", "5", "$1.23"], ["(no", "key)", "1", "20k", "0", "5", "-"]]),
+        ("model", [["m", "3", "40k", "0", "10", "$1.23"]]),
+        ("day", [["2027-01-01", "1", "20k", "0", "5", "-"], ["2027-01-02", "2", "20k", "0", "5", "$1.23"]]),
+    ):
+        report.print_usage(answer, by)
+        out = capsys.readouterr().out
+        assert [line.split() for line in out.splitlines() if line.strip()][2:-1] == lines, out
+        assert "2027-01-01 to 2027-01-30" in out
+        assert "keeps it in memory" in out
+    report.print_usage({"rows": []}, "key")
+    assert "no use" in capsys.readouterr().out
 
 
 async def test_a_model_is_loaded_pinned_and_unloaded() -> None:

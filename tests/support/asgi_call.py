@@ -30,11 +30,12 @@ class Call:
         self._reads = asyncio.Event()
         self._reads.set()
         self._progress = asyncio.Event()
+        path, _, query = path.partition("?")
         scope = {
             "type": "http",
             "method": method,
             "path": path,
-            "query_string": b"",
+            "query_string": query.encode(),
             "client": (client, 1),
             "headers": [
                 (name.lower().encode(), value.encode())

@@ -375,6 +375,21 @@ def test_the_command_sends_what_it_was_given(
     assert sent == [(*each, more) for each, more in zip(paths, (body, None, None), strict=True)]
 
 
+def test_the_command_of_use_asks_for_what_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[str] = []
+
+    def answer(options: Any, method: str, path: str) -> bytes:
+        sent.append(path)
+        return b'{"rows": []}'
+
+    monkeypatch.setattr(key_commands, "ask", answer)
+    assert cli.main(["usage"]) == 0
+    assert cli.main(["usage", "--from", "2027-01-01", "--key", "", "--model", "a b", "--by", "day"]) == 0
+    assert sent == ["/admin/usage", "/admin/usage?from=2027-01-01&key=&model=a+b"]
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -1,0 +1,130 @@
+"""Record of use per key, model and day: ended requests are added up in memory, and written to the store in batches.
+
+A request counts once it was sent to a node, whatever became of it. A killed process loses what it has not written: the
+last ``WRITE_INTERVAL_S`` of use.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from cortex.config import Price
+from cortex.request_log import Line
+from cortex.store.interface import StoreError
+from cortex.store.usage import DAY_S, UsageQuery, UsageRow, UsageStore, total
+from cortex.supervise import Supervisor
+
+log = logging.getLogger("cortex.usage")
+
+WRITE_INTERVAL_S = 1.0
+MAX_PENDING_LINES = 4096
+"""Lines after which those that wait are added up."""
+TASK = "usage"
+"""Name of the task, and of the component that is degraded while the store cannot be written to."""
+
+
+class UsageRecorder:
+    """The use of one process that is not written yet, and its way into the store and out of it."""
+
+    def __init__(
+        self, store: UsageStore, price_of: Callable[[str], Price | None], supervisor: Supervisor | None = None
+    ) -> None:
+        """``price_of`` returns a model's price now."""
+        self._store = store
+        self._price_of = price_of
+        self._supervisor = supervisor or Supervisor()
+        self._pending: list[UsageRow] = []
+        self._lock = threading.Lock()  # the thread of a metrics scrape records too
+        self._writing = asyncio.Lock()
+        self._is_failing = False
+
+    @property
+    def persists(self) -> bool:
+        """Whether use survives this process."""
+        return self._store.persists
+
+    def record(self, lines: Sequence[Line]) -> None:
+        """Take the log lines of ended requests, for the next :meth:`write`."""
+        rows = []
+        for at, fields in lines:
+            if not fields["node"]:
+                continue
+            model = fields["model"]
+            tokens_in, tokens_out, cached = (fields.get(f"tokens_{name}", 0) for name in ("in", "out", "cached"))
+            cost = cost_of(self._price_of(model), tokens_in, tokens_out, cached)
+            row = UsageRow(day_of(at), fields.get("key", ""), model, 1, tokens_in, tokens_out, cached, cost, at)
+            rows.append(row)
+        with self._lock:
+            self._pending += rows
+            if len(self._pending) > MAX_PENDING_LINES:
+                self._pending = total(self._pending)
+
+    async def run(self) -> None:
+        """Write at an interval, until cancelled."""
+        while True:
+            await asyncio.sleep(WRITE_INTERVAL_S)
+            with contextlib.suppress(StoreError):  # logged, and tried again
+                await self.write()
+
+    async def write(self) -> None:
+        """Write what is recorded. Completes even if the calling task is being cancelled, so that nothing counts twice.
+
+        Raises:
+            StoreError: it cannot be written, and is kept for the next time.
+        """
+        await asyncio.shield(asyncio.ensure_future(self._write()))
+
+    async def _write(self) -> None:
+        async with self._writing:
+            with self._lock:
+                rows, self._pending = total(self._pending), []
+            if not rows:
+                return
+            try:
+                await self._store.add(rows)
+            except BaseException as error:
+                with self._lock:
+                    self._pending = total([*rows, *self._pending])
+                if isinstance(error, StoreError) and not self._is_failing:
+                    log.error("use cannot be written, and is kept in memory until it can: %s", error)
+                self._mark(is_failing=True)
+                raise
+            self._mark(is_failing=False)
+
+    def _mark(self, *, is_failing: bool) -> None:
+        self._is_failing = is_failing
+        self._supervisor.mark(TASK, is_degraded=is_failing)
+
+    async def rows(self, query: UsageQuery) -> list[UsageRow]:
+        """Return the rows that are asked for, with all that this process has recorded.
+
+        Raises:
+            StoreError: the store cannot be read, or not be written to.
+        """
+        await self.write()
+        return await self._store.rows(query)
+
+    async def last_used(self) -> Mapping[str, float]:
+        """Return the Unix time of each key's last use. Raises as :meth:`rows`."""
+        await self.write()
+        return await self._store.last_used()
+
+
+def cost_of(price: Price | None, tokens_in: int, tokens_out: int, tokens_cached: int) -> float:
+    """Return the US dollars of a request; 0 without a price."""
+    if price is None:
+        return 0.0
+    cached = price.input if price.cached_input is None else price.cached_input
+    tokens_cached = min(tokens_cached, tokens_in)
+    return ((tokens_in - tokens_cached) * price.input + tokens_cached * cached + tokens_out * price.output) / 1e6
+
+
+def day_of(at_s: float) -> str:
+    """Return the day of a Unix time, in UTC."""
+    return datetime.date.fromordinal(_EPOCH + int(at_s // DAY_S)).isoformat()
+
+
+_EPOCH = datetime.date(1970, 1, 1).toordinal()
