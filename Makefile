@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
         test-native test-asan test-tsan soak dashboard-pictures \
         check-kernels check-numbers check-kernels-oldest kernels \
         bench bench-cpu bench-hybrid bench-engine bench-turns bench-regressions bench-gpu rehearse-gpu \
-        bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale \
+        bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-routing \
         ops-tools srpm locks sbom
 
 help: ## this list
@@ -240,7 +240,7 @@ kernels: $(VENV)/triton ## compiled kernels for the models in packaging/kernels 
 # --- benchmarks: on a quiet machine -----------------------------------------------------------------------------------
 
 SMALL_BENCHES := bytes/sse bytes/peek bytes/translate engine/device_loop engine/decode_tokens engine/formats
-bench: $(if $(WHAT),bench-$(WHAT),$(VENV)/editable) ## small benchmarks; WHAT= cpu, engine, gateway, gateway-path, gateway-scale, gpu or regressions
+bench: $(if $(WHAT),bench-$(WHAT),$(VENV)/editable) ## small benchmarks; WHAT= cpu, engine, gateway, gateway-path, gateway-scale, gpu, regressions or routing
 	$(if $(WHAT),,set -e; for script in $(SMALL_BENCHES); do PYTHONPATH=bench $(BENCH) bench/$$script.py --keep; done)
 
 bench-cpu: $(VENV)/editable
@@ -304,6 +304,10 @@ bench-gateway-path: $(VENV)/editable
 bench-gateway-scale: $(VENV)/editable
 	$(BUILD)
 	PYTHONPATH=bench $(BENCH) bench/gateway/scale.py --keep $(GATEWAY_OPTIONS)
+
+# Policies on traces of agents, chats and documents, simulated: half a minute, the same figures everywhere.
+bench-routing: $(VENV)/editable
+	PYTHONPATH=bench $(BENCH) bench/routing.py --keep
 
 # Each fuzz target for FUZZ_SECONDS, from its kept inputs. FUZZ_TARGETS="peek sse" runs these alone, FUZZ_RUNS bounds inputs.
 FUZZ_SECONDS ?= 300

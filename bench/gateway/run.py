@@ -35,7 +35,7 @@ PACE_MS = 10
 PACED_SSE_EVENTS = 300
 LARGE_BYTES = 60_000
 AGENT: Mapping[str, float | str] = {"body": LARGE_BYTES, "tools": 12}
-"""What an agent sends: a long conversation and its tools."""
+"""Request of an agent: a long conversation and its tools."""
 
 
 @dataclass(frozen=True)

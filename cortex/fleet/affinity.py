@@ -1,14 +1,13 @@
-"""Prefix affinity: the node to which a conversation's prefix was last sent, and whose prefix cache therefore has it.
+"""Prefix affinity: the nodes to which a conversation's prefix was sent, and whose prefix caches therefore have it.
 
-A body is cut into blocks, each named by a hash over it and all blocks before it; the longest known prefix decides. The
-index is bounded, least recently used first out. It has no load: :mod:`cortex.fleet.router` decides whether the node is
-too busy.
+A body is cut into blocks, each named by a hash over it and all blocks before it. The index is bounded, least recently
+used first out. It knows no load: a policy (:mod:`cortex.fleet.policies`) decides what a cached prefix is worth.
 """
 
 import re
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 BLOCK_BYTES = 1024
@@ -16,6 +15,10 @@ LONG_BLOCK_BYTES = 8192
 FINE_BYTES = 64 * 1024
 """Length of the prefix that is cut into short blocks: conversations diverge early, after a system prompt."""
 MAX_BYTES = 512 * 1024
+BLOCK_ENDS = (
+    *range(BLOCK_BYTES, FINE_BYTES + 1, BLOCK_BYTES),
+    *range(FINE_BYTES + LONG_BLOCK_BYTES, MAX_BYTES + 1, LONG_BLOCK_BYTES),
+)
 MAX_PREFIXES = 200_000
 """Number of prefixes in an index, some 30 MB."""
 
@@ -25,23 +28,15 @@ _BILLING = re.compile(rb"x-anthropic-billing-header:[^\"\\]*")
 
 @dataclass(frozen=True, slots=True)
 class PrefixHashes:
-    """Hashes of a body's prefixes, short ones first, and ``tie``, a hash that is the same in every process."""
+    """Hashes of a body's prefixes, short ones first.
+
+    ``ends`` are the prefixes' lengths in bytes, and ``tie`` is a hash that is the same in every process.
+    """
 
     hashes: tuple[int, ...]
+    ends: tuple[int, ...]
+    num_bytes: int
     tie: int
-
-
-@dataclass(frozen=True, slots=True)
-class Affinity:
-    """Affinity of one request, for routing."""
-
-    node: str | None = None
-    """Node to which the longest known prefix was last sent."""
-    tie: int = 0
-    """Tie-breaker among equally good nodes; every gateway computes the same."""
-
-
-NO_AFFINITY = Affinity()
 
 
 def prefix_hashes(model: str, body: bytes, cache_key: str | None = None, principal: str = "") -> PrefixHashes:
@@ -52,7 +47,7 @@ def prefix_hashes(model: str, body: bytes, cache_key: str | None = None, princip
     """
     if cache_key:
         tie = zlib.crc32(cache_key.encode(), zlib.crc32(model.encode()))
-        return PrefixHashes((hash((model, principal, cache_key)),), tie)
+        return PrefixHashes((hash((model, principal, cache_key)),), (len(body),), len(body), tie)
     head = _BILLING.sub(b"", body[:MAX_BYTES]) if b"x-anthropic-billing-header:" in body[:FINE_BYTES] else body
     found = []
     chain = hash((model, principal))
@@ -64,28 +59,33 @@ def prefix_hashes(model: str, body: bytes, cache_key: str | None = None, princip
         chain = hash((chain, head[start : start + size]))
         found.append(chain)
         start += size
-    return PrefixHashes(tuple(found), zlib.crc32(head[:BLOCK_BYTES], zlib.crc32(model.encode())))
+    tie = zlib.crc32(head[:BLOCK_BYTES], zlib.crc32(model.encode()))
+    return PrefixHashes(tuple(found), BLOCK_ENDS[: len(found)], max(len(body), BLOCK_BYTES), tie)
 
 
 class PrefixIndex:
-    """Index of prefixes, with the node to which each was last sent."""
+    """Index of prefixes, with the nodes to which each was sent."""
 
     def __init__(self, max_prefixes: int = MAX_PREFIXES) -> None:
-        self._nodes: OrderedDict[int, str] = OrderedDict()
+        self._nodes: OrderedDict[int, tuple[str, ...]] = OrderedDict()
         self._max = max_prefixes
 
-    def find(self, prefix: PrefixHashes, is_candidate: Callable[[str], bool]) -> Affinity:
-        """Return the affinity of the longest prefix that was last sent to a candidate."""
-        for name in reversed(prefix.hashes):
-            node = self._nodes.get(name)
-            if node is not None and is_candidate(node):
-                return Affinity(node, prefix.tie)
-        return Affinity(None, prefix.tie)
+    def cached_bytes(self, prefix: PrefixHashes) -> Mapping[str, int]:
+        """Return the length of the longest prefix that each node was sent, without the nodes that were sent none."""
+        found: dict[str, int] = {}
+        for name, end in zip(reversed(prefix.hashes), reversed(prefix.ends), strict=True):
+            for node in self._nodes.get(name, ()):
+                if node not in found:
+                    found[node] = end
+        return found
 
     def record(self, prefix: PrefixHashes, node: str) -> None:
         """Record the node to which a request was sent."""
+        nodes = self._nodes
         for name in prefix.hashes:
-            self._nodes[name] = node
-            self._nodes.move_to_end(name)
-        while len(self._nodes) > self._max:
-            self._nodes.popitem(last=False)
+            known = nodes.get(name, ())
+            if node not in known:
+                nodes[name] = (*known, node)
+            nodes.move_to_end(name)
+        while len(nodes) > self._max:
+            nodes.popitem(last=False)

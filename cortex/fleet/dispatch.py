@@ -29,9 +29,9 @@ from cortex.errors import (
     PoolFullError,
     TooLongAnswerError,
 )
-from cortex.fleet.affinity import NO_AFFINITY, Affinity, PrefixHashes, PrefixIndex, prefix_hashes
 from cortex.fleet.breaker import Breakers
 from cortex.fleet.catalogue import Catalogue
+from cortex.fleet.choice import Choice, Choices, least_busy
 from cortex.fleet.deaths import Deaths
 from cortex.fleet.loader import Loader
 from cortex.fleet.node_request import NodeRequest, NodeResponse
@@ -73,7 +73,7 @@ class Dispatcher:
         self._loader = loader
         self._poller = poller
         self._on_retry = on_retry
-        self._prefix_index = PrefixIndex()
+        self._choices = Choices(config.gateway, catalogue.profiles)
         self._spare_capacity = SpareCapacity(fleet)
         self._without_dialects: tuple[FleetState, dict[tuple[str, bool], frozenset[str]]] = fleet.state, {}
         self.breakers = Breakers(config.gateway.breaker)
@@ -83,7 +83,7 @@ class Dispatcher:
     def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
         """Apply other settings and models."""
         self._catalogue = catalogue
-        self._slack = config.gateway.affinity_slack
+        self._choices.reconfigure(config.gateway, catalogue.profiles)
         self._first_look_s = config.gateway.polling.timeout_s + 1
         self._spare_capacity_wait_s = config.access.spare_capacity_wait_s
         self._names_there = {node.name: node.models for node in config.neurons if node.type is NodeType.OPENAI}
@@ -142,7 +142,7 @@ class Dispatcher:
         if request.priority < 0:
             await self._spare_capacity.wait(model, request.priority, self._spare_capacity_wait_s)
         begun = request.take_begun()
-        prefix: PrefixHashes | None = None
+        choice: Choice | None = None
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
             response: Response | None = None
@@ -150,10 +150,10 @@ class Dispatcher:
                 (node, in_flight_request, response), begun = begun, None
                 is_chat, sent_at = False, request.arrived_at
             else:
-                if prefix is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
-                    prefix = prefix_hashes(model, request.body, request.cache_key, request.principal)
-                node = self._ready(model, excluded | gone, prefix) or await self._find(
-                    request, excluded, gone, last, prefix
+                if choice is None and len(self._fleet.state.serving.get(model, ())) > 1:
+                    choice = self._choices.begin(model, request.body, request.cache_key, request.principal)
+                node = self._ready(model, excluded | gone, choice) or await self._find(
+                    request, excluded, gone, last, choice
                 )
                 request.on_node(node)
                 # Counted before it is sent: many requests at once must not pile onto one replica.
@@ -165,8 +165,8 @@ class Dispatcher:
                 if response.status == 200:
                     self._check_head(node, response, request)
                     self.breakers.answer(node, model)
-                    if prefix is not None:
-                        self._prefix_index.record(prefix, node)
+                    if choice is not None:
+                        choice.record(node)
                     return NodeResponse(
                         node,
                         response,
@@ -305,18 +305,17 @@ class Dispatcher:
         model: str,
         excluded: frozenset[str],
         gone: frozenset[str],
-        prefix: PrefixHashes | None,
+        choice: Choice | None,
         profile: ModelProfile | None = None,
     ) -> Decision:
         fleet = self._fleet
-        affinity = NO_AFFINITY if prefix is None else self._affinity(prefix)
-        return route(fleet.state, model, profile, fleet.in_flight.by_node, excluded, affinity, self._slack, gone)
+        return route(fleet.state, model, profile, fleet.in_flight.by_node, excluded, gone, choice or least_busy)
 
-    def _ready(self, model: str, excluded: frozenset[str], prefix: PrefixHashes | None) -> str | None:
+    def _ready(self, model: str, excluded: frozenset[str], choice: Choice | None) -> str | None:
         """Return a node that has the model ready, if there is one and no circuit has had a failure."""
         if self.breakers or model not in self._fleet.state.serving:
             return None
-        decision = self._decide(model, excluded, NO_NODES, prefix)
+        decision = self._decide(model, excluded, NO_NODES, choice)
         return decision.node if isinstance(decision, Serve) else None
 
     async def _find(
@@ -325,7 +324,7 @@ class Dispatcher:
         excluded: frozenset[str],
         gone: frozenset[str],
         last: ApiError | None,
-        prefix: PrefixHashes | None,
+        choice: Choice | None,
     ) -> str:
         """Return a node that has the model ready, after a load if need be.
 
@@ -345,10 +344,10 @@ class Dispatcher:
         def decide() -> Decision:
             # A suspect replica gets requests only where there is no other.
             if suspects := self.breakers.suspects(model, now):
-                decision = self._decide(model, excluded | suspects, gone, prefix)
+                decision = self._decide(model, excluded | suspects, gone, choice)
                 if isinstance(decision, Serve):
                     return decision
-            return self._decide(model, excluded, gone, prefix, profile)
+            return self._decide(model, excluded, gone, choice, profile)
 
         decision = decide()
         if not isinstance(decision, Serve) and not self._fleet.state.complete:
@@ -377,9 +376,6 @@ class Dispatcher:
                 raise last or self.unknown(model)
             case _:
                 assert_never(decision)
-
-    def _affinity(self, prefix: PrefixHashes) -> Affinity:
-        return self._prefix_index.find(prefix, self._fleet.state.nodes.__contains__)
 
     def _is_asked_as_chat(self, node: str, request: NodeRequest) -> bool:
         """Return whether a request is sent to a node as a chat, since the node lacks the request's own dialect."""

@@ -1,19 +1,17 @@
 """Routing: the decision to send a request to a node, to load its model, or to refuse it.
 
-Pure and deterministic: the same state, counts and exclusions give the same :data:`Decision`. The node with the least
-outstanding work wins, unless another has the conversation's prefix and is not much busier; ties go by a hash of that
-prefix, so that all gateways agree, and without one by name. A model whose only replicas have just refused this request
-is not loaded elsewhere: that is :class:`Busy`. It is loaded elsewhere at once where its only replicas are gone, and,
-without eviction, while it is being recovered.
+Pure and deterministic: the same state, counts, exclusions and choice give the same :data:`Decision`. Among several
+ready replicas a policy chooses (:mod:`cortex.fleet.policies`). A model whose only replicas have just refused this
+request is not loaded elsewhere: that is :class:`Busy`. It is loaded elsewhere at once where its only replicas are gone,
+and, without eviction, while it is being recovered.
 """
 
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cortex.config import ModelProfile
 from cortex.fleet import placement
-from cortex.fleet.affinity import NO_AFFINITY, Affinity
+from cortex.fleet.choice import least_busy
 from cortex.fleet.state import FleetState
 from cortex.wire.node import ModelState
 
@@ -60,33 +58,23 @@ def route(
     profile: ModelProfile | None,
     in_flight: Mapping[str, int],
     excluded: frozenset[str] = NO_NODES,
-    affinity: Affinity = NO_AFFINITY,
-    slack: int = 0,
     gone: frozenset[str] = NO_NODES,
+    choose: Callable[[Mapping[str, int]], str] = least_busy,
 ) -> Decision:
     """Decide for one request.
 
     ``profile`` is the catalogue's, or ``None`` for a model that only nodes list. ``in_flight`` counts this process's
-    requests by node. ``excluded`` nodes have refused this request or cannot serve it; ``gone`` nodes count as down. The
-    node of ``affinity`` is taken while it has at most ``slack`` requests more than the least busy one.
+    requests by node. ``excluded`` nodes have refused this request or cannot serve it; ``gone`` nodes count as down.
+    ``choose`` returns one of several replicas, given the outstanding requests of each.
     """
     serving = state.serving.get(model, ())
-    best: tuple[int, int, str] | None = None
-    known: int | None = None
-    for node in serving:
-        if node.name in excluded or node.name in gone:
-            continue
-        load = in_flight.get(node.name, 0) + node.foreign_load
-        if node.name == affinity.node:
-            known = load
-        tie = zlib.crc32(node.name.encode(), affinity.tie) if affinity.tie else 0
-        rank = load, tie, node.name
-        if best is None or rank < best:
-            best = rank
-    if best is not None:
-        if known is not None and affinity.node is not None and known <= best[0] + slack:
-            return Serve(affinity.node)
-        return Serve(best[2])
+    loads = {
+        node.name: in_flight.get(node.name, 0) + node.foreign_load
+        for node in serving
+        if node.name not in excluded and node.name not in gone
+    }
+    if loads:
+        return Serve(next(iter(loads)) if len(loads) == 1 else choose(loads))
     if any(node.name not in gone for node in serving):
         return Busy(RETRY_SOON_S, f"every replica of {model} refused the request")
     return _route_cold(state, model, profile, excluded, gone)

@@ -329,7 +329,7 @@ async def test_another_replica_is_tried_before_the_first_byte(how: str, stream: 
 
     first, second = FakeNode("a").ready("m"), FakeNode("b").ready("m")
     first.script = {"503": error(503, "x"), "429": error(429, "x")}.get(how, reset)
-    async with first.serving(), second.serving(), rig(first, second, affinity_slack=-1) as gateway:
+    async with first.serving(), second.serving(), rig(first, second, routing_policy="least_outstanding") as gateway:
         if how == "refused":
             # Its address is gone while the gateway still has it as up.
             state = gateway.gateway.fleet.state

@@ -1,10 +1,10 @@
-"""Conversations go on where their prefix is cached."""
+"""Prefixes of bodies, the nodes that were sent them, and conversations that go on where theirs is cached."""
 
 import orjson
 from fake_node import FakeNode
 from gateway_rig import rig
 
-from cortex.fleet.affinity import NO_AFFINITY, PrefixIndex, prefix_hashes
+from cortex.fleet.affinity import BLOCK_BYTES, LONG_BLOCK_BYTES, MAX_BYTES, PrefixIndex, prefix_hashes
 
 SYSTEM = "You are a careful assistant. " * 100
 
@@ -30,22 +30,37 @@ def test_a_principal_has_prefix_hashes_of_its_own() -> None:
     assert mine.hashes != yours.hashes
 
 
-def test_the_longest_known_prefix_decides() -> None:
+def test_each_node_has_the_longest_prefix_that_it_was_sent() -> None:
     prefixes = PrefixIndex()
     one, other = prefix_hashes("m", body("x" * 4000)), prefix_hashes("m", body("y" * 4000))
     prefixes.record(one, "a")
-    prefixes.record(other, "b")  # the system prompt is the same, and b had it last
-    assert prefixes.find(prefix_hashes("m", body("x" * 4000, "more")), lambda node: True).node == "a"
-    assert prefixes.find(prefix_hashes("m", body("y" * 4000, "more")), lambda node: True).node == "b"
-    assert prefixes.find(prefix_hashes("m", body("new")), lambda node: True).node == "b"
-    assert prefixes.find(prefix_hashes("m", body("x" * 4000)), lambda node: node != "a").node == "b"
-    assert prefixes.find(prefix_hashes("m", body("q", system="z" * 5000)), lambda node: True).node is None
-    assert NO_AFFINITY.node is None
+    prefixes.record(other, "b")
+    system = len(SYSTEM) // BLOCK_BYTES * BLOCK_BYTES
+    assert prefixes.cached_bytes(prefix_hashes("m", body("x" * 4000, "more"))) == {"a": one.ends[-1], "b": system}
+    assert prefixes.cached_bytes(prefix_hashes("m", body("y" * 4000, "more"))) == {"a": system, "b": other.ends[-1]}
+    assert prefixes.cached_bytes(prefix_hashes("m", body("new"))) == {"a": system, "b": system}
+    assert not prefixes.cached_bytes(prefix_hashes("m", body("q", system="z" * 5000)))
+    prefixes.record(one, "b")
+    prefixes.record(one, "b")
+    assert prefixes.cached_bytes(one) == {"a": one.ends[-1], "b": one.ends[-1]}
+
+
+def test_a_prefix_is_as_long_as_its_blocks() -> None:
+    for size in (1, 1000, BLOCK_BYTES, 5000, 64 * 1024, 200_000, MAX_BYTES, MAX_BYTES + 1000):
+        prefix = prefix_hashes("m", b"x" * size)
+        assert len(prefix.ends) == len(prefix.hashes) > 0
+        assert prefix.ends[-1] <= prefix.num_bytes
+        if size > BLOCK_BYTES:
+            assert min(size, MAX_BYTES) - prefix.ends[-1] < LONG_BLOCK_BYTES
 
 
 def test_a_clients_own_key_stands_for_its_prompt() -> None:
-    assert prefix_hashes("m", body("a"), "key") == prefix_hashes("m", body("b" * 9000, system="z"), "key")
+    long = body("b" * 9000, system="z")
+    assert prefix_hashes("m", body("a"), "key").hashes == prefix_hashes("m", long, "key").hashes
     assert prefix_hashes("m", body("a"), "key") != prefix_hashes("m", body("a"), "other")
+    prefixes = PrefixIndex()
+    prefixes.record(prefix_hashes("m", body("a"), "key"), "a")
+    assert prefixes.cached_bytes(prefix_hashes("m", long, "key")) == {"a": len(long)}
 
 
 def test_a_header_that_changes_each_time_is_left_out() -> None:

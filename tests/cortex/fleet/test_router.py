@@ -1,5 +1,7 @@
 """Routing and placement: pure functions, their table and their laws."""
 
+from collections.abc import Mapping
+from random import Random
 from typing import Any
 
 import msgspec
@@ -9,7 +11,6 @@ from hypothesis import strategies as st
 
 from cortex.config import ModelProfile
 from cortex.fleet import placement
-from cortex.fleet.affinity import Affinity
 from cortex.fleet.placement import Fit
 from cortex.fleet.router import Busy, Decision, Load, Serve, Unknown, route
 from cortex.fleet.state import FleetState, Node
@@ -205,22 +206,6 @@ def test_a_gpu_that_cannot_compute_a_model_is_no_candidate(changes: dict[str, An
     assert names(*fleet, profile=ModelProfile(id="m", source="/w", **changes)) == able
 
 
-def test_a_conversation_goes_on_where_it_was_unless_that_is_much_busier() -> None:
-    replicas = node("a", status()), node("b", status()), node("c", status())
-
-    def place(affinity: Affinity, **in_flight: int) -> Decision:
-        return decide(*replicas, in_flight=in_flight, affinity=affinity, slack=4)
-
-    assert place(Affinity("b")) == Serve("b")
-    assert place(Affinity("b"), b=4) == Serve("b")
-    assert place(Affinity("b"), b=5) == Serve("a")
-    assert place(Affinity("gone")) == Serve("a")
-    assert decide(*replicas, affinity=Affinity("b"), slack=4, excluded=frozenset("b")) == Serve("a")
-    ties = {place(Affinity(None, tie)) for tie in range(1, 60)}
-    assert ties == {Serve("a"), Serve("b"), Serve("c")}, "new conversations spread out"
-    assert place(Affinity(None, 7), a=1, b=1, c=1) == place(Affinity(None, 7))
-
-
 def test_tensor_parallel_sums_devices_of_one_kind() -> None:
     two = (device("cuda:0", 5), device("cuda:1", 5))
     profile = ModelProfile(id="m", source="/w", memory_bytes=9 * GIB, tensor_parallel=2)
@@ -322,23 +307,25 @@ def test_less_load_never_loses_a_request(nodes: list[Node], counts: dict[str, in
 
 
 @LAW
-@given(FLEETS, COUNTS, EXCLUDED, st.sampled_from([None, *"abcdef"]), st.integers(0, 6), st.integers(0, 9))
-def test_affinity_changes_the_node_and_never_the_decision(
-    nodes: list[Node], counts: dict[str, int], excluded: frozenset[str], wanted: str | None, slack: int, tie: int
+@given(FLEETS, COUNTS, EXCLUDED, EXCLUDED, st.randoms())
+def test_a_policy_changes_the_node_and_never_the_decision(
+    nodes: list[Node], counts: dict[str, int], excluded: frozenset[str], gone: frozenset[str], rng: Random
 ) -> None:
+    """It chooses among the ready replicas that are neither excluded nor gone, and is told the load of each."""
     state = FleetState.of(nodes)
-    plain = route(state, "m", PROFILE, counts, excluded)
-    decision = route(state, "m", PROFILE, counts, excluded, Affinity(wanted, tie), slack)
+
+    def choose(loads: Mapping[str, int]) -> str:
+        assert set(loads) == {node.name for node in state.serving["m"]} - excluded - gone
+        assert all(loads[name] == counts.get(name, 0) + state.nodes[name].foreign_load for name in loads)
+        return rng.choice(sorted(loads))
+
+    plain = route(state, "m", PROFILE, counts, excluded, gone)
+    decision = route(state, "m", PROFILE, counts, excluded, gone, choose)
     if not isinstance(plain, Serve):
         assert decision == plain
         return
     assert isinstance(decision, Serve)
-    assert decision.node in {node.name for node in state.serving["m"]} - excluded
-
-    def load(name: str) -> int:
-        return counts.get(name, 0) + state.nodes[name].foreign_load
-
-    assert load(decision.node) <= load(plain.node) + (slack if decision.node == wanted else 0)
+    assert decision.node in {node.name for node in state.serving["m"]} - excluded - gone
 
 
 @LAW
