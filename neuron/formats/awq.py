@@ -5,25 +5,22 @@ bits first, is row ``(0, 2, 4, 6, 1, 3, 5, 7)[n]`` of its eight. Layout: AutoAWQ
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from neuron.formats import Quantization
+from neuron.formats.format import Array
 from neuron.formats.scheme import (
     SCALE_DTYPES,
     Piece,
     Pieces,
     Scheme,
     Settings,
+    Take,
     Unpacked,
     numbers_of,
     touched,
     within,
 )
-
-if TYPE_CHECKING:
-    import torch
-
-    from neuron.formats.scheme import Take
 
 PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 """Number of a word that each of its eight rows is."""
@@ -34,7 +31,7 @@ TENSORS: Final = {"qweight", "qzeros", "scales"}
 class Awq(Scheme):
     """Scheme of 4-bit integers packed along the rows of a transposed weight."""
 
-    def unpack(self, take: "Take", rows: range, columns: range) -> Unpacked:
+    def unpack(self, take: Take, rows: range, columns: range) -> Unpacked:
         """See :class:`~neuron.formats.scheme.Scheme`."""
         words, groups = touched(rows, 8), touched(columns, self.group)
         quants = _rows(take("qweight", slice(columns.start, columns.stop), words), rows)
@@ -42,7 +39,7 @@ class Awq(Scheme):
         return Unpacked(quants, scales, _rows(take("qzeros", groups, words), rows))
 
 
-def _rows(words: "torch.Tensor", rows: range) -> "torch.Tensor":
+def _rows(words: Array, rows: range) -> Array:
     """Return of words ``[w, N / 8]`` the run of rows ``[n, w]`` as uint8."""
     numbers = numbers_of(words, 4).view(len(words), -1, 8)[:, :, PLACES]
     return within(numbers.flatten(1), rows, 8).t().contiguous()

@@ -7,13 +7,10 @@ are divided (``weight_global_scale``) or multiplied (``weight_scale_2``). MXFP4 
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from neuron.formats import Quantization
-from neuron.formats.scheme import Piece, Pieces, Scheme, Settings, Unpacked, nibbles_of, touched, within
-
-if TYPE_CHECKING:
-    from neuron.formats.scheme import Take
+from neuron.formats.scheme import Piece, Pieces, Scheme, Settings, Take, Unpacked, nibbles_of, touched, within
 
 DIVISOR: Final = "weight_global_scale"
 FACTOR: Final = "weight_scale_2"
@@ -34,7 +31,7 @@ class Float4(Scheme):
         """See :class:`~neuron.formats.scheme.Scheme`."""
         return "nvfp4" if self.whole else "mxfp4"
 
-    def unpack(self, take: "Take", rows: range, columns: range) -> Unpacked:
+    def unpack(self, take: Take, rows: range, columns: range) -> Unpacked:
         """See :class:`~neuron.formats.scheme.Scheme`."""
         import torch
 

@@ -1,16 +1,20 @@
 """Declaration of a storage format. The bytes of a row, an empty matrix, and the kernels' cases follow from it."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from neuron.formats import BLOCK, SUPER_BLOCK, Quantization
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
 
     from neuron.formats.matrix import QuantizedMatrix
+
+Array: TypeAlias = "torch.Tensor"
+"""Tensor of torch, which formats import only where they work on one."""
 
 BYTES: Final = {"int8": 1, "float8_e8m0fnu": 1, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a scale, by its dtype. Float8 e8m0 are powers of two."""
@@ -75,20 +79,70 @@ class Layout:
         return QuantizedMatrix(kind, self.group, quants, own, minima, super_scales, super_minima, zeros, order)
 
 
+class Parts(NamedTuple):
+    """Arrays of N blocks ``[N, ...]``, uint8: numbers in order, or bytes of the layout's dtype.
+
+    Quants are whole numbers, or packed as a matrix has them.
+    """
+
+    quants: Array
+    scales: Array
+    minima: "Array | None" = None
+    supers: "Array | None" = None
+    super_minima: "Array | None" = None
+    """Scales of the minima, which a file subtracts."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredFormat:
     """Format of a file's blocks, which a load repacks on the device."""
 
     name: str
     """GGUF's name of the kind."""
-    block: int
-    """Elements of a block in the file."""
-    block_bytes: int
     device_layout: Layout
-    read: "Callable[[torch.Tensor, int], QuantizedMatrix]"
-    """Function of blocks ``[num_blocks, block_bytes]`` uint8 and a number of rows, which returns the matrix.
+    unpack: Callable[[Array], Parts]
+    """Function of blocks ``[num_blocks, block_bytes]`` uint8.
 
     It works on the blocks' device: a host takes ten seconds and more for an 8B model."""
+
+    @property
+    def block(self) -> int:
+        """Elements of a block in the file."""
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.name]][0]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block in the file."""
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.name]][1]
+
+    def read(self, blocks: Array, num_rows: int) -> "QuantizedMatrix":
+        """Return the matrix of ``num_rows`` in ``blocks`` ``[num_blocks, block_bytes]`` uint8."""
+        import torch
+
+        from neuron.formats.matrix import QUANT_DTYPES, QuantizedMatrix
+
+        def array(part: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+            return None if part is None else part.reshape(num_rows, -1).contiguous().view(dtype)
+
+        layout, parts = self.device_layout, self.unpack(blocks)
+        kind, scales = layout.quantization, getattr(torch, layout.scales)
+        quants = parts.quants.reshape(num_rows, -1).contiguous()
+        if quants.numel() == len(blocks) * self.block and kind.per_byte > 1:
+            quants = packed(quants, min(layout.group, BLOCK), kind)
+        supers, super_minima = (array(part, torch.float16) for part in (parts.supers, parts.super_minima))
+        if layout.supers == "float32":
+            supers = torch.ones(num_rows, 1, device=blocks.device)
+        own = array(parts.scales, scales)
+        assert own is not None
+        return QuantizedMatrix(
+            kind,
+            layout.group,
+            quants.view(QUANT_DTYPES.get(kind, torch.uint8)),
+            own,
+            array(parts.minima, scales),
+            supers,
+            None if super_minima is None else -super_minima,
+        )
 
     def layout(self, columns: int) -> Layout:
         """Return its layout on the device for rows of ``columns``."""
@@ -127,13 +181,9 @@ def packed(codes: "torch.Tensor", unit: int, quantization: Quantization) -> "tor
     return found.flatten(1)
 
 
-def rows_of(values: "torch.Tensor", num_rows: int) -> "torch.Tensor":
-    """Return the bytes of a matrix's rows contiguous, as kernels read them, also where a row is one block."""
-    return values.reshape(num_rows, -1).contiguous()
-
-
-def halves_of(values: "torch.Tensor", num_rows: int) -> "torch.Tensor":
-    """Return pairs of bytes as float16, in rows."""
+def planes(octets: Array, bits: int) -> Array:
+    """Return the numbers of so many ``bits`` in ``octets`` ``[..., n]``, lowest first: ``[..., 8 / bits, n]``."""
     import torch
 
-    return values.contiguous().view(torch.float16).view(num_rows, -1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=octets.device).unsqueeze(1)
+    return octets.unsqueeze(-2) >> shifts & (1 << bits) - 1

@@ -7,15 +7,17 @@ group's are scattered. Layout: AutoGPTQ's ``QuantLinear.pack``.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from neuron.formats import Quantization
+from neuron.formats.format import Array
 from neuron.formats.scheme import (
     SCALE_DTYPES,
     Piece,
     Pieces,
     Scheme,
     Settings,
+    Take,
     Unpacked,
     centred,
     groups_of,
@@ -24,11 +26,6 @@ from neuron.formats.scheme import (
     touched,
     within,
 )
-
-if TYPE_CHECKING:
-    import torch
-
-    from neuron.formats.scheme import Take
 
 TENSORS: Final = {"qweight", "qzeros", "scales", "g_idx"}
 
@@ -41,7 +38,7 @@ class Gptq(Scheme):
     zero_offset: int
     has_indices: bool
 
-    def unpack(self, take: "Take", rows: range, columns: range) -> Unpacked:
+    def unpack(self, take: Take, rows: range, columns: range) -> Unpacked:
         """See :class:`~neuron.formats.scheme.Scheme`."""
         per_word, run = 32 // self.bits, slice(rows.start, rows.stop)
         words = take("qweight", touched(columns, per_word), run)
@@ -61,7 +58,7 @@ class Gptq(Scheme):
         order = order_of(indices, self.group)
         return Unpacked(quants[:, order], scales, zeros, order.int())
 
-    def _zeros(self, stored: "torch.Tensor") -> "torch.Tensor | None":
+    def _zeros(self, stored: Array) -> "Array | None":
         """Return zero points, as a matrix has them; None for the middle of the range."""
         import torch
 

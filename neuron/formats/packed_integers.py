@@ -7,7 +7,7 @@ there is one, has the group of each column. Oracle: the package ``compressed_ten
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from neuron.formats import Quantization
 from neuron.formats.scheme import (
@@ -16,6 +16,7 @@ from neuron.formats.scheme import (
     Pieces,
     Scheme,
     Settings,
+    Take,
     Unpacked,
     centred,
     numbers_of,
@@ -23,9 +24,6 @@ from neuron.formats.scheme import (
     touched,
     within,
 )
-
-if TYPE_CHECKING:
-    from neuron.formats.scheme import Take
 
 TENSORS: Final = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
 
@@ -37,7 +35,7 @@ class PackedIntegers(Scheme):
     bits: int
     packs_zeros: bool
 
-    def unpack(self, take: "Take", rows: range, columns: range) -> Unpacked:
+    def unpack(self, take: Take, rows: range, columns: range) -> Unpacked:
         """See :class:`~neuron.formats.scheme.Scheme`."""
         per_word, run = 32 // self.bits, slice(rows.start, rows.stop)
         words = take("weight_packed", run, touched(columns, per_word))

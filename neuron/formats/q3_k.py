@@ -7,39 +7,18 @@ four has the high twos of scales j, j + 4, j + 8 and j + 12. On the device a qua
 zero: 4.6 bits an element in place of 3.4.
 """
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from neuron.formats import BLOCK, SUPER_BLOCK, Quantization
-from neuron.formats.format import Layout, StoredFormat, halves_of, packed
-
-if TYPE_CHECKING:
-    import torch
-
-    from neuron.formats.matrix import QuantizedMatrix
+from neuron.formats import BLOCK, Quantization
+from neuron.formats.format import Array, Layout, Parts, StoredFormat, planes
 
 
-def read(blocks: "torch.Tensor", num_rows: int) -> "QuantizedMatrix":
-    """Return the matrix in ``blocks``."""
-    import torch
-
-    from neuron.formats.matrix import QuantizedMatrix
-
-    twos = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device).view(4, 1)
-    ones = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(8, 1)
-    low = (blocks[:, 32:96].reshape(-1, 2, 1, 32) >> twos & 3).view(-1, 8, 32)
-    third = blocks[:, None, :32] >> ones & 1
-    levels = ((low | third << 2) + 4).view(num_rows, -1)
-    fours = torch.cat((blocks[:, 96:104] & 15, blocks[:, 96:104] >> 4), 1)
-    high = (blocks[:, None, 104:108] >> twos & 3).view(-1, 16)
-    return QuantizedMatrix(
-        Quantization.INT4,
-        BLOCK // 2,
-        packed(levels, BLOCK // 2, Quantization.INT4),
-        ((fours | high << 4) - 32).view(num_rows, -1).view(torch.int8),
-        super_scales=halves_of(blocks[:, 108:], num_rows),
-    )
+def unpack(blocks: Array) -> Parts:
+    """Return the parts of ``blocks``."""
+    low = planes(blocks[:, 32:96].reshape(-1, 2, 32), 2).view(-1, 8, 32)
+    quants = (low | planes(blocks[:, :32], 1) << 2) + 4
+    fours, high = planes(blocks[:, 96:104], 4).flatten(1), planes(blocks[:, 104:108], 2).flatten(1)
+    return Parts(quants, (fours | high << 4) - 32, supers=blocks[:, 108:])
 
 
-FORMAT: Final = StoredFormat(
-    "Q3_K", SUPER_BLOCK, 110, Layout(Quantization.INT4, BLOCK // 2, "int8", supers="float16"), read
-)
+FORMAT: Final = StoredFormat("Q3_K", Layout(Quantization.INT4, BLOCK // 2, "int8", supers="float16"), unpack)

@@ -3,15 +3,13 @@
 from typing import TYPE_CHECKING, Final
 
 from neuron.formats import BLOCK, Quantization
-from neuron.formats.format import Layout, RoundedFormat, packed
+from neuron.formats.format import Array, Layout, RoundedFormat, packed
 
 if TYPE_CHECKING:
-    import torch
-
     from neuron.formats.matrix import QuantizedMatrix
 
 
-def quantize_int8(weight: "torch.Tensor") -> "QuantizedMatrix":
+def quantize_int8(weight: Array) -> "QuantizedMatrix":
     """Round ``weight`` ``[N, K]`` to 8 bits with one scale a row, the largest magnitude being 127."""
     import torch
 
@@ -21,7 +19,7 @@ def quantize_int8(weight: "torch.Tensor") -> "QuantizedMatrix":
     return QuantizedMatrix(Quantization.INT8, 0, (weight.float() / scales).round_().to(torch.int8), scales)
 
 
-def quantize_fp8(weight: "torch.Tensor") -> "QuantizedMatrix":
+def quantize_fp8(weight: Array) -> "QuantizedMatrix":
     """Round ``weight`` ``[N, K]`` to float8 e4m3 with one scale a row, the largest magnitude being 448."""
     import torch
 
@@ -37,7 +35,7 @@ def int4_group(columns: int) -> int:
     return 128 if columns % 128 == 0 else BLOCK
 
 
-def quantize_int4(weight: "torch.Tensor", group: int = 0) -> "QuantizedMatrix":
+def quantize_int4(weight: Array, group: int = 0) -> "QuantizedMatrix":
     """Round ``weight`` ``[N, K]`` to 4 bits between the least and the greatest of each ``group`` elements."""
     import torch
 

@@ -7,15 +7,11 @@ its own: those of blocks take 3 % of the weight's bytes.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from neuron.formats import Quantization
-from neuron.formats.scheme import SCALE_DTYPES, Piece, Pieces, Scheme, Settings, Unpacked, touched
-
-if TYPE_CHECKING:
-    import torch
-
-    from neuron.formats.scheme import Take
+from neuron.formats.format import Array
+from neuron.formats.scheme import SCALE_DTYPES, Piece, Pieces, Scheme, Settings, Take, Unpacked, touched
 
 QUANTS: Final = {"F8_E4M3": Quantization.FP8, "I8": Quantization.INT8}
 EXPONENTS: Final = ("F8_E8M0", "U8")
@@ -39,7 +35,7 @@ class Scaled(Scheme):
             return "by tensor"
         return f"in groups of {self.group}" if self.group < self.columns else "by row"
 
-    def unpack(self, take: "Take", rows: range, columns: range) -> Unpacked:
+    def unpack(self, take: Take, rows: range, columns: range) -> Unpacked:
         """See :class:`~neuron.formats.scheme.Scheme`."""
         import torch
 
@@ -52,7 +48,7 @@ class Scaled(Scheme):
         return Unpacked(quants, grid[each // self.group_rows if self.group_rows else each * 0])
 
 
-def power_of_two(exponents: "torch.Tensor") -> "torch.Tensor":
+def power_of_two(exponents: Array) -> Array:
     """Return the float32 numbers of float8 e8m0, given as uint8."""
     import torch
 

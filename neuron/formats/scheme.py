@@ -13,16 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from neuron.formats import BLOCK, Quantization
-from neuron.formats.format import Layout, packed
+from neuron.formats.format import Array, Layout, packed, planes
 
 if TYPE_CHECKING:
-    import torch
-
     from neuron.formats.matrix import QuantizedMatrix
 
-    Take = Callable[..., torch.Tensor]
-    """``take(suffix, *index)``: that part of a tensor of the weight, on the device that works on it."""
-
+Take = Callable[..., Array]
+"""``take(suffix, *index)``: that part of a tensor of the weight, on the device that works on it."""
 LEAST_GROUP: Final = 16
 """Least group that kernels read."""
 SCALE_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -56,15 +53,15 @@ class Settings:
 class Unpacked(NamedTuple):
     """Rows of a weight, a number a quant."""
 
-    quants: "torch.Tensor"
+    quants: Array
     """``[n, K]`` int8, uint8 or float8; codes of a table as uint8."""
-    scales: "torch.Tensor"
+    scales: Array
     """``[n, groups]`` of the groups that the columns touch."""
-    zeros: "torch.Tensor | None" = None
+    zeros: "Array | None" = None
     """Zero points, as ``scales``; None: the middle of the range."""
-    order: "torch.Tensor | None" = None
+    order: "Array | None" = None
     """Column ``[K]`` int32 of the weight that each column here is."""
-    supers: "torch.Tensor | None" = None
+    supers: "Array | None" = None
     """Factors ``[n, 1]`` float32 of a row's scales."""
 
 
@@ -124,10 +121,10 @@ class Scheme(abc.ABC):
         )
 
     @abc.abstractmethod
-    def unpack(self, take: "Take", rows: range, columns: range) -> Unpacked:
+    def unpack(self, take: Take, rows: range, columns: range) -> Unpacked:
         """Return a run of rows; the columns of an ``ordered`` scheme are all. Raises ``ValueError``."""
 
-    def read(self, take: "Take", rows: range, columns: range) -> "QuantizedMatrix":
+    def read(self, take: Take, rows: range, columns: range) -> "QuantizedMatrix":
         """Return a run of rows in :meth:`layout`. Raises ``ValueError`` for tensors that contradict themselves."""
         from neuron.formats.matrix import QuantizedMatrix
 
@@ -143,7 +140,7 @@ class Scheme(abc.ABC):
             layout.quantization, layout.group, quants, scales, super_scales=supers, zeros=zeros, order=order
         )
 
-    def expand(self, take: "Take", rows: range, columns: range) -> "torch.Tensor":
+    def expand(self, take: Take, rows: range, columns: range) -> Array:
         """Return a run of rows in float32. Raises as :meth:`read`."""
         import torch
 
@@ -168,7 +165,7 @@ class Scheme(abc.ABC):
         restored[:, order.long()] = values
         return restored[:, columns.start : columns.stop]
 
-    def blocks(self, take: "Take", rows: range) -> "torch.Tensor":
+    def blocks(self, take: Take, rows: range) -> Array:
         """Return a run of rows in blocks of :attr:`block_kind`: ``[n, bytes]`` uint8. Raises as :meth:`read`."""
         import torch
 
@@ -185,13 +182,13 @@ class Scheme(abc.ABC):
         head = torch.stack([half.half() for half in halves], -1).view(torch.uint8)
         return torch.cat((head, quants), -1).view(len(rows), -1)
 
-    def _checked(self, take: "Take", rows: range, columns: range) -> Unpacked:
+    def _checked(self, take: Take, rows: range, columns: range) -> Unpacked:
         found = self.unpack(take, rows, columns)
         if not all(each.float().isfinite().all() for each in (found.scales, found.supers) if each is not None):
             raise ValueError("a scale is not a number, or infinite")
         return found
 
-    def _groups(self, columns: range, step: int, scales: "torch.Tensor") -> "torch.Tensor":
+    def _groups(self, columns: range, step: int, scales: Array) -> Array:
         """Return the place in ``scales`` of every ``step``-th column."""
         import torch
 
@@ -199,7 +196,7 @@ class Scheme(abc.ABC):
         return each // self.group - columns.start // self.group
 
 
-def _chosen(values: "torch.Tensor", columns: "torch.Tensor") -> "torch.Tensor":
+def _chosen(values: Array, columns: Array) -> Array:
     """Return columns of an array, whose dtype may be one that torch only stores."""
     import torch
 
@@ -207,7 +204,7 @@ def _chosen(values: "torch.Tensor", columns: "torch.Tensor") -> "torch.Tensor":
     return stored[:, columns].view(values.dtype)
 
 
-def numbers_of(words: "torch.Tensor", bits: int) -> "torch.Tensor":
+def numbers_of(words: Array, bits: int) -> Array:
     """Return the numbers of 4 or 8 bits in int32 words ``[n, w]``, lowest bits first: uint8 ``[n, 32 w / bits]``."""
     import torch
 
@@ -216,21 +213,19 @@ def numbers_of(words: "torch.Tensor", bits: int) -> "torch.Tensor":
     return octets if bits == 8 else nibbles_of(octets)
 
 
-def nibbles_of(octets: "torch.Tensor") -> "torch.Tensor":
+def nibbles_of(octets: Array) -> Array:
     """Return the numbers ``[n, 2 b]`` in bytes ``[n, b]``, the low four bits first."""
-    import torch
-
-    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+    return planes(octets, 4).transpose(-1, -2).flatten(-2)
 
 
-def groups_of(columns: int, group: int, like: "torch.Tensor") -> "torch.Tensor":
+def groups_of(columns: int, group: int, like: Array) -> Array:
     """Return the group of each column where groups are runs, in the dtype and on the device of ``like``."""
     import torch
 
     return torch.arange(columns, dtype=like.dtype, device=like.device) // group
 
 
-def order_of(indices: "torch.Tensor", group: int) -> "torch.Tensor":
+def order_of(indices: Array, group: int) -> Array:
     """Return the columns ``[K]`` int64 by their group ``indices`` ``[K]``, which have ``group`` columns each.
 
     Raises ``ValueError`` if they have not.
@@ -246,13 +241,13 @@ def touched(run: range, unit: int) -> slice:
     return slice(run.start // unit, -(-run.stop // unit))
 
 
-def within(values: "torch.Tensor", run: range, unit: int) -> "torch.Tensor":
+def within(values: Array, run: range, unit: int) -> Array:
     """Return of ``values`` ``[.., elements]`` of the units that a run touches the elements of the run."""
     first = run.start % unit
     return values[..., first : first + len(run)]
 
 
-def centred(levels: "torch.Tensor", bits: int) -> "torch.Tensor":
+def centred(levels: Array, bits: int) -> Array:
     """Return unsigned numbers as a matrix has them: of 8 bits less 128, as int8."""
     import torch
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron.formats import SUPER_BLOCK, Quantization
-from neuron.formats.format import Layout, StoredFormat, halves_of, rows_of
+from neuron.formats.format import Layout, Parts, StoredFormat, planes
 from neuron.formats.matrix import QuantizedMatrix
 from neuron.formats.registry import FORMATS, STORED_FORMATS
 from neuron.layers.layer import Weights
@@ -96,19 +96,16 @@ def test_a_checkpoint_lacks_no_tensor_of_the_new_layer(shifted: pathlib.Path, ha
     assert "lacks model.layers.1.shift.weight" in answer.error.message
 
 
-def read_tq2_0(blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
-    """Return the matrix of blocks of two runs of 32 bytes, with a quant of 2 bits of each 32 elements, and a scale."""
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)
-    levels = (blocks[:, :64].reshape(-1, 2, 1, 32) >> shifts & 3) - 1
-    quants = rows_of(levels, num_rows).view(torch.int8)
-    return QuantizedMatrix(Quantization.INT8, SUPER_BLOCK, quants, halves_of(blocks[:, 64:], num_rows))
+def unpack_tq2_0(blocks: torch.Tensor) -> Parts:
+    """Return the parts of blocks of two runs of 32 bytes, with a quant of 2 bits of each 32 elements, and a scale."""
+    return Parts(planes(blocks[:, :64].reshape(-1, 2, 32), 2) - 1, blocks[:, 64:])
 
 
 def test_a_storage_format_loads_and_multiplies(
     make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = Layout(Quantization.INT8, SUPER_BLOCK, "float16")
-    format = StoredFormat("TQ2_0", SUPER_BLOCK, 66, layout, read_tq2_0)
+    format = StoredFormat("TQ2_0", layout, unpack_tq2_0)
     monkeypatch.setitem(STORED_FORMATS, "TQ2_0", format)
     monkeypatch.setitem(FORMATS, "TQ2_0", format)
     path = tmp_path / "tq2_0.gguf"
