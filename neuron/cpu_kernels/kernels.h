@@ -30,6 +30,7 @@ struct matmul {
     struct best *best; /* [T], ARGMAX only */
     int num_x;       /* T */
     int valid_rows;  /* ARGMAX only: rows that are no padding */
+    int into_l2;     /* weights are prefetched into the second-level cache, not past it */
     enum epilogue epilogue;
 };
 

@@ -19,9 +19,12 @@ enum {
     PANEL_BYTES = 256 << 10,
 };
 
-/* Not kept in any cache (locality 0): a step reads a weight once. */
-INLINE void prefetch(const uint8_t *w, int bytes) {
-    UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + PREFETCH_BYTES + i, 0, 0);
+/* A step reads a weight once, so none need stay in a cache (locality 0). Where that is slow, by way of the second level. */
+INLINE void prefetch(const uint8_t *w, int bytes, int into_l2) {
+    if (into_l2)
+        UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + PREFETCH_BYTES + i, 0, 2);
+    else
+        UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + PREFETCH_BYTES + i, 0, 0);
 }
 
 INLINE float load_float(const uint8_t *from) { return bits_float(load_u32(from)); }
@@ -51,13 +54,13 @@ INLINE void remainders(const int format, const uint8_t *w, int groups, const uin
 }
 
 /* The products of one block with a tile of num_rows (a constant where this is inlined). */
-INLINE void block_dot(const int format, const int num_rows, const uint8_t *w, int groups, const uint8_t *const *x,
-                      vf *acc) {
+INLINE void block_dot(const int format, const int num_rows, const uint8_t *w, int groups, int into_l2,
+                      const uint8_t *const *x, vf *acc) {
     const uint8_t *block = w;
     UNROLL for (int b = 0; b < num_rows; b++) acc[b] = vf_zero();
     if (format <= W8) {
         for (int g = 0; g < groups; g++, w += group_bytes(format)) {
-            prefetch(w, group_bytes(format));
+            prefetch(w, group_bytes(format), into_l2);
             if (format == W4)
                 w4_group(num_rows, w, x, g, acc);
             else
@@ -69,7 +72,7 @@ INLINE void block_dot(const int format, const int num_rows, const uint8_t *w, in
         int g = 0;
         UNROLL for (int b = 0; b < num_rows; b++) more[b] = vf_zero();
         for (; g + 1 < groups; g += 2, w += 2 * group_bytes(W16)) {
-            prefetch(w, 2 * group_bytes(W16));
+            prefetch(w, 2 * group_bytes(W16), into_l2);
             UNROLL for (int b = 0; b < num_rows; b++) {
                 acc[b] = w16_dot(acc[b], w, load_u32(x[b] + 4 * g));
                 more[b] = w16_dot(more[b], w + group_bytes(W16), load_u32(x[b] + 4 * g + 4));
@@ -120,10 +123,10 @@ INLINE void tile(const int format, const int num_rows, const struct matmul *t, i
     const uint8_t *w = t->w->data + (size_t)block * bytes;
     vf acc[TILE_ROWS];
     for (int b = 0; b < num_rows; b++) x[b] = t->x + (size_t)(first + b) * t->x_stride;
-    block_dot(format, num_rows, w, groups, x, acc);
+    block_dot(format, num_rows, w, groups, t->into_l2, x, acc);
     if (t->epilogue == SWIGLU || t->epilogue == GEGLU) {
         vf up[TILE_ROWS];
-        block_dot(format, num_rows, w + bytes, groups, x, up);
+        block_dot(format, num_rows, w + bytes, groups, t->into_l2, x, up);
         for (int b = 0; b < num_rows; b++) {
             vf exponent = t->epilogue == SWIGLU ? acc[b] : gelu_exponent(acc[b]);
             vf denominator = vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), exponent)));

@@ -26,7 +26,13 @@ def pack(
     block_step: int = 1,
 ) -> None: ...
 def linear(
-    level: str, matrix: Matrix, x: _Floats, y: _Floats, mode: Literal["store", "add", "swiglu"] = "store"
+    level: str,
+    matrix: Matrix,
+    x: _Floats,
+    y: _Floats,
+    mode: Literal["store", "add", "swiglu", "geglu"] = "store",
+    *,
+    into_l2: bool = False,
 ) -> None: ...
 def rms_norm(level: str, x: _Floats, weight: _Floats, eps: float, count: int, out: _Floats) -> None: ...
 def draw(

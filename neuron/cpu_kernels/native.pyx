@@ -54,6 +54,7 @@ cdef extern from "kernels.h" nogil:
         float *y
         size_t y_stride
         int num_x
+        int into_l2
         epilogue epilogue
     cdef struct token_draw "draw":
         float cap, temperature, min_p
@@ -132,6 +133,7 @@ cdef extern from "step.h" nogil:
         size_t slot_bytes
         uint8_t *states
         uint8_t *arena
+        int into_l2
     cdef struct drawing "draws":
         const double *temperature
         const double *top_p
@@ -162,6 +164,7 @@ cdef extern from "step.h" nogil:
     double c_uniform "uniform"(uint64_t seed, uint64_t counter)
     void place_layers(model *model)
     size_t c_arena_bytes "arena_bytes"(const model *model)
+    void probe_prefetch(model *model)
 
 cdef extern from "multi_step.h" nogil:
     cdef struct multi_step:
@@ -310,14 +313,19 @@ cdef const kernels *table_of(str level) except NULL:
     return table
 
 
-def linear(str level not None, Matrix matrix not None, const float[:, ::1] x not None, float[:, ::1] y not None, str mode="store"):
+def linear(
+    str level not None, Matrix matrix not None, const float[:, ::1] x not None, float[:, ::1] y not None,
+    str mode="store", *, bint into_l2=False,
+):
     """Multiply ``x`` ``[T, columns]`` into ``y`` ``[T, rows]``: ``store``, ``add``; ``swiglu``, ``geglu`` into ``[T, rows / 2]``.
 
     ``x`` is first converted to the form that the matrix multiplies, as in a step. ``rows`` is padded to 16.
+    Weights are prefetched past the caches or, with ``into_l2``, into the second level.
     """
     cdef const kernels *table = table_of(level)
     cdef matmul_task task
     cdef int i
+    task.into_l2 = into_l2
     task.epilogue = {"store": STORE, "add": ADD, "swiglu": SWIGLU, "geglu": GEGLU}[mode]
     width = matrix._matrix.rows // 2 if mode in ("swiglu", "geglu") else matrix._matrix.rows
     if matrix._matrix.data == NULL or x.shape[1] != matrix._matrix.columns or y.shape[0] != x.shape[0] or y.shape[1] != width or not x.shape[0]:
@@ -609,6 +617,9 @@ cdef class Model:
             self._num_slots = num_bytes // m.slot_bytes
         self._attached = caches, states, arena
         m.arena = &arena[0]
+        # Safety: no step runs before this returns.
+        with nogil:
+            probe_prefetch(m)
 
     def run(
         self,

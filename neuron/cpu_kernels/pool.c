@@ -49,7 +49,7 @@ static inline void relax(void) {
 #endif
 }
 
-static int64_t now_ns(void) {
+int64_t now_ns(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;

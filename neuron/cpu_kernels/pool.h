@@ -2,6 +2,8 @@
 #ifndef NEURON_POOL_H
 #define NEURON_POOL_H
 
+#include <stdint.h>
+
 struct pool;
 
 /* Return a pool of `num_threads` (the caller is one of them), or NULL when a thread cannot be created. */
@@ -9,6 +11,9 @@ struct pool *pool_create(int num_threads);
 
 /* Stop and join the workers. No call may be running. */
 void pool_destroy(struct pool *pool);
+
+/* A monotonic clock's time in nanoseconds. */
+int64_t now_ns(void);
 
 int pool_threads(const struct pool *pool);
 

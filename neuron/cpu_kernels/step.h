@@ -81,6 +81,7 @@ struct model {
     size_t slot_bytes;             /* of the states of all layers; 0: none has one */
     uint8_t *states;               /* [slots, slot_bytes] */
     uint8_t *arena;                /* arena_bytes(model), 64-byte aligned */
+    int into_l2;                   /* the way of weights: probe_prefetch */
 };
 
 /* Sampling parameters by row: neuron.engine.sampler's tables. A row with a temperature below 0 is skipped. */
@@ -122,6 +123,9 @@ void place_layers(struct model *model);
 
 /* Bytes of the arena; depends on sizes and threads only. */
 size_t arena_bytes(const struct model *model);
+
+/* Find the way of weights that is the quicker one on this processor; no result depends on it. The arena is attached. */
+void probe_prefetch(struct model *model);
 
 /* Run a step on the model's pool. Its sizes are within the model's bounds and its ids within the vocabulary. */
 void run_step(const struct model *model, const struct step *step);

@@ -248,6 +248,9 @@ def test_a_product_is_the_same_beside_others(level: str, format: Format) -> None
     x[5, 7] = 300.0  # coarse: its rounding remainder is multiplied too
     together = np.zeros((37, padded(50)), np.float32)
     native.linear(level, matrix, x, together)
+    fetched = np.zeros_like(together)
+    native.linear(level, matrix, x, fetched, into_l2=True)
+    assert fetched.tobytes() == together.tobytes()
     for first, end in ((0, 1), (5, 6), (3, 10), (5, 8), (30, 37), (1, 6)):
         own = np.zeros((end - first, padded(50)), np.float32)
         native.linear(level, matrix, np.ascontiguousarray(x[first:end]), own)
