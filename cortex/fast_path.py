@@ -49,7 +49,7 @@ class FastPathRules:
             principal = self._gateway.authenticator.identify(lambda name: given if name == header.encode() else None)
         except ApiError:
             return None
-        if not principal.is_unlimited:
+        if not principal.is_unlimited or principal.name == self._gateway.capture.key:
             return None
         return CachedAccess(
             self._gateway.settings,

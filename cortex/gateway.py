@@ -10,6 +10,7 @@ import logging
 import pathlib
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 
 from cortex import api_description, logs, store
 from cortex.access.authenticator import Authenticator, principal_of
@@ -20,6 +21,10 @@ from cortex.admin import Admin
 from cortex.admin_keys import KeyAdmin
 from cortex.admin_models import ModelAdmin
 from cortex.admin_usage import UsageAdmin
+from cortex.capture.admin import CaptureAdmin
+from cortex.capture.capture import Capture
+from cortex.capture.exchange import CapturedExchange
+from cortex.capture.shelf import FolderShelf
 from cortex.config import AccessSettings, Config, CountersKind, Price, StoreKind
 from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
@@ -122,6 +127,7 @@ class Gateway:
         self._counting: asyncio.Task[None] | None = None
         self._lag: asyncio.Task[None] | None = None
         self._recording: asyncio.Task[None] | None = None
+        self._following_capture: asyncio.Task[None] | None = None
         self._store = store.make(settings.store)
         if isinstance(self._store, SqliteStore):
             self._store.on_damaged = self.metrics.damaged_stores.inc
@@ -142,6 +148,11 @@ class Gateway:
         changes = ModelAdmin(self.service, reload, added_models)
         self._usage = UsageRecorder(usage.make(self._store, settings.store.usage_days), self._price_of, self.supervisor)
         keys_of_clients = KeyAdmin(self.authenticator, self._usage, lambda: self.settings, reload, added_keys)
+        folder = folder_of_workers()
+        self._shares_capture = folder is not None
+        self.capture = Capture(None if folder is None else FolderShelf(folder), self._forget_accesses)
+        """Capture of one key's requests."""
+        captures = CaptureAdmin(self.capture, lambda: self.authenticator.keys)
         page = assets.read()
         self._feed = Feed(
             self.service,
@@ -150,6 +161,7 @@ class Gateway:
             build=assets.build_of(page),
             folder=folder_of_workers(),
             supervisor=self.supervisor,
+            capture=self.capture,
         )
         self.request_log.on_written = self._pass_on
         counted = self._counted
@@ -171,6 +183,8 @@ class Gateway:
             "/admin/fleet": {"GET": admin.fleet},
             "/admin/keys": {"GET": keys_of_clients.list, "POST": keys_of_clients.add},
             "/admin/usage": {"GET": UsageAdmin(self._usage).report},
+            "/admin/capture": {"GET": captures.show, "POST": captures.begin, "DELETE": captures.remove},
+            "/admin/capture/end": {"POST": captures.end},
             "/admin/models": {"GET": endpoints.all_models, "POST": changes.add},
             "/admin/models/known": {"GET": changes.known},
             "/admin/models/fit": {"POST": changes.fit},
@@ -190,6 +204,7 @@ class Gateway:
         }
         self._patterns: tuple[tuple[re.Pattern[str], Methods], ...] = (
             (re.compile(r"/v1/models/.+"), {"GET": endpoints.model}),
+            (re.compile(r"/admin/capture/[^/]+"), {"GET": captures.get}),
             (re.compile(r"/admin/models/.+"), {"DELETE": changes.remove}),
             (
                 re.compile(r"/admin/keys/[^/]+"),
@@ -251,6 +266,8 @@ class Gateway:
         self._lag = self.supervisor.start("loop lag", lambda: watch_lag(self.metrics.loop_lag_s.observe))
         self.service.start()
         self._feed.start()
+        if self._shares_capture:
+            self._following_capture = self.supervisor.start("capture", self.capture.refresh)
 
     def _serve_metrics(self, *, is_first: bool) -> None:
         """Serve metrics if the port is free. Of workers that share metrics, one suffices."""
@@ -287,6 +304,9 @@ class Gateway:
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""
         await self._feed.stop()
+        if self._following_capture is not None:
+            self._following_capture.cancel()
+        self.capture.close()
         if self._lag is not None:
             self._lag.cancel()
         await self._background.stop()
@@ -314,8 +334,9 @@ class Gateway:
             await self._usage.write()
 
     def _pass_on(self, lines: Sequence[Line]) -> None:
-        """Pass the lines of ended requests to the dashboard and to the record of use."""
+        """Pass the lines of ended requests to the dashboard, to the capture and to the record of use."""
         self._feed.journal.record(lines)
+        self.capture.record(lines)
         self._usage.record(lines)
 
     def _price_of(self, model: str) -> Price | None:
@@ -341,6 +362,8 @@ class Gateway:
             if endpoint is None:
                 await self._reply_options(exchange)
             else:
+                if self.capture.key is not None:
+                    exchange = self.capture.tap(exchange)
                 await endpoint(exchange)
         except ClientDisconnectedError:
             return
@@ -353,6 +376,13 @@ class Gateway:
             if exchange.status:
                 raise  # too late for a status: the server cuts the connection
             await reply_error(exchange, ApiError("The gateway failed to answer; its log says why."))
+        finally:
+            if isinstance(exchange, CapturedExchange):
+                self.capture.keep(exchange)
+
+    def _forget_accesses(self) -> None:
+        """Have the accesses looked up anew that were cached for the keys in force."""
+        self.authenticator.keys = replace(self.authenticator.keys)
 
     async def handle_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one WebSocket; only Responses have one."""

@@ -48,10 +48,10 @@ cortex.load_watch cortex.local_daemons cortex.metrics cortex.preflight cortex.re
 cortex.admin cortex.chat cortex.endpoints cortex.launch cortex.operate cortex.preparation cortex.reload
 cortex.request_log cortex.stored_endpoints cortex.stream_forwarding neuron.text.tokenizer
 
-cortex._fast.fast_path cortex.admin_models cortex.catalogue_commands cortex.dashboard cortex.demo cortex.key_commands
+cortex._fast.fast_path cortex.admin_models cortex.capture cortex.catalogue_commands cortex.demo cortex.key_commands
 cortex.run cortex.usage_recorder neuron.engine neuron.text
 
-cortex.admin_keys cortex.admin_usage cortex.cli cortex.inference cortex.rsgi_io neuron.generation
+cortex.admin_keys cortex.admin_usage cortex.cli cortex.dashboard cortex.inference cortex.rsgi_io neuron.generation
 
 cortex.api_description neuron.torch_model
 

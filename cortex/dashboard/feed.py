@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from cortex import __version__
+from cortex.capture.capture import Capture
 from cortex.dashboard.journal import Entry, Journal
 from cortex.dashboard.log_tail import LogTail
 from cortex.dashboard.rates import SERIES, Point, Rates
@@ -51,6 +52,7 @@ class Feed:
         build: str,
         folder: pathlib.Path | None = None,
         supervisor: Supervisor | None = None,
+        capture: Capture | None = None,
     ) -> None:
         """``may_watch`` raises if an exchange may not watch, and is called every second. ``build`` is the files' hash.
 
@@ -59,6 +61,7 @@ class Feed:
         self.journal = Journal(folder)
         self._log = LogTail(folder)
         self._supervisor = supervisor or Supervisor()
+        self._capture = capture or Capture()
         self._service = service
         self._config_error = config_error
         self._may_watch = may_watch
@@ -191,7 +194,9 @@ class Feed:
         for name in self._trees.keys() - nodes.keys():
             del self._trees[name]
         error = self._config_error()
+        capturing = None if self._capture.key is None else self._capture.state
         return {
+            "capture": {} if capturing is None else {"key": capturing.key, "until": capturing.until},
             "config_error": "" if error is None else str(error),
             "nodes": nodes,
             "models": catalogue_tree(self._service.catalogue, state.nodes),
