@@ -65,6 +65,12 @@ export async function remove(button, model) {
   await act(button, `models/${encodeURIComponent(model)}`, null, `Removing ${model} …`, `${model} is removed.`, "DELETE");
 }
 
+export async function revoke(button, name) {
+  const what = "It is refused from now on, for good. Answers that have begun are finished.";
+  if (!(await confirm(`Revoke the key ${name}?`, what, "Revoke"))) return;
+  await act(button, `keys/${encodeURIComponent(name)}`, null, `Revoking ${name} …`, `${name} is revoked.`, "DELETE");
+}
+
 export function pin(button, model, node, pinned) {
   const done = pinned ? `${model} stays on ${node}.` : `${model} may be evicted from ${node} again.`;
   return act(button, "models/pin", { model, node, pinned }, `${pinned ? "Pinning" : "Unpinning"} ${model} …`, done);

@@ -3,15 +3,7 @@
 import { load, toast } from "./acts.js";
 import { $, h, shown, text } from "./dom.js";
 import { bytes, count } from "./format.js";
-import { ask, complaint } from "./session.js";
-
-async function post(path, body) {
-  const reply = await ask(`admin/${path}`, {
-    method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" },
-  });
-  if (!reply.ok) throw new Error(await complaint(reply));
-  return reply.json();
-}
+import { ask, post } from "./session.js";
 
 function chosen({ profile, offered, node, weights }) {
   if (offered) return `${profile.id} is in the catalogue already, from ${profile.source}.`;

@@ -3,7 +3,7 @@
 import { toast } from "./acts.js";
 import { Answer, Turn } from "./answer.js";
 import { dialects, EXAMPLE_SCHEMA, EXAMPLE_TOOL, readSchema, readTools, signature } from "./dialects.js";
-import { $, attribute, h, text } from "./dom.js";
+import { $, attribute, copyField, h, text } from "./dom.js";
 import { sseEvents } from "./events.js";
 import { exports } from "./export.js";
 import { cost, count, dollars, seconds } from "./format.js";
@@ -43,7 +43,7 @@ export class Chat {
     $("chat-again").addEventListener("click", () => this.again());
     $("chat-code").addEventListener("click", () => this.showCode());
     $("code-kind").addEventListener("change", () => this.writeCode());
-    $("code-copy").addEventListener("click", () => this.copyCode());
+    $("code-copy").addEventListener("click", () => copyField($("code-text"), $("code-copy")));
     $("chat-example").addEventListener("click", () => this.fill("chat-tools", EXAMPLE_TOOL));
     $("chat-schema-example").addEventListener("click", () => this.fill("chat-schema", EXAMPLE_SCHEMA));
     $("chat-settings").addEventListener("input", () => this.tellSettings());
@@ -193,15 +193,6 @@ export class Chat {
   writeCode() {
     const base = new URL(".", location.href).href.replace(/\/$/, "");
     $("code-text").value = exports[$("code-kind").value](this.last.dialect, this.last.body, base);
-  }
-
-  // Without TLS a browser gives a page no clipboard: the text is selected then, for the keyboard.
-  async copyCode() {
-    $("code-text").select();
-    try {
-      await navigator.clipboard.writeText($("code-text").value);
-      text($("code-copy"), "Copied");
-    } catch { text($("code-copy"), "Selected: press Ctrl+C"); }
   }
 
   async follow(dialect, body, answer, abort) {

@@ -29,6 +29,15 @@ export function shown(element, is) {
   if (element.hidden === is) element.hidden = !is;
 }
 
+// Copy a field, and say so on the button. Without TLS a browser gives a page no clipboard: the text is selected then.
+export async function copyField(field, button) {
+  field.select();
+  try {
+    await navigator.clipboard.writeText(field.value);
+    text(button, "Copied");
+  } catch { text(button, "Selected: press Ctrl+C"); }
+}
+
 // A width or a place in percent; by the object model, which a policy without inline styles allows.
 export function style(element, name, value) {
   if (element.style.getPropertyValue(name) !== value) element.style.setProperty(name, value);

@@ -26,6 +26,15 @@ export function seconds(value) {
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
+// The time since a moment, in Unix seconds.
+export function ago(at) {
+  const minutes = Math.floor((Date.now() / 1000 - at) / 60);
+  if (minutes < 1) return "just now";
+  if (minutes < 60) return `${minutes} min ago`;
+  if (minutes < 48 * 60) return `${Math.floor(minutes / 60)} h ago`;
+  return `${Math.floor(minutes / 1440)} days ago`;
+}
+
 export function percent(part, whole) {
   return whole ? `${((100 * part) / whole).toFixed(part && part / whole < 0.0995 ? 1 : 0)} %` : "0 %";
 }
@@ -47,4 +56,9 @@ export function cost(pricing, { input, cached, output }) {
 
 export function dollars(value) {
   return `$${value.toLocaleString("en", { maximumSignificantDigits: 2 })}`;
+}
+
+// Dollars as on a bill; below a cent two figures.
+export function money(value) {
+  return value < 0.01 ? dollars(value) : `$${value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`;
 }

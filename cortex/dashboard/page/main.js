@@ -13,6 +13,7 @@ import { Requests } from "./requests.js";
 import { ClientKeys } from "./keys.js";
 import { key, setKey } from "./session.js";
 import { Store } from "./store.js";
+import { Use } from "./use.js";
 
 const HISTORY = 300;
 const store = new Store();
@@ -23,6 +24,7 @@ const logs = new Logs();
 const requests = new Requests(store, logs);
 const chat = new Chat();
 const clientKeys = new ClientKeys();
+const use = new Use();
 new AddModel();
 let build = "";
 
@@ -84,6 +86,7 @@ const feed = new Feed({
       requests.replace(data.requests);
       logs.replace(data.log);
       clientKeys.watch(true);
+      use.watch(true);
       talkables();
       tellNotice();
     });
@@ -112,6 +115,7 @@ function forget(why) {
   requests.replace([]);
   logs.replace([]);
   clientKeys.watch(false);
+  use.watch(false);
   overview.clear();
   talked = "";
   chat.refresh();

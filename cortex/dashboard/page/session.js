@@ -20,6 +20,15 @@ export function ask(path, options = {}) {
   return fetch(path, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
 }
 
+// Send a body to a path of /admin, and return the answer. Throws with the gateway's message.
+export async function post(path, body) {
+  const reply = await ask(`admin/${path}`, {
+    method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" },
+  });
+  if (!reply.ok) throw new Error(await complaint(reply));
+  return reply.json();
+}
+
 // Return the message of an error response, in any dialect.
 export async function complaint(reply) {
   try {

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import daemons
@@ -439,6 +439,90 @@ def test_a_request_has_its_fields_and_its_lines_in_the_log(opened: Page) -> None
     assert opened.run("[...document.querySelectorAll('#log-rows li')].every((line) => line.dataset.level === 'error')")
     opened.click("input[name=level][value=debug] + span")
     check_axe(opened)
+
+
+# ------------------------------------------------------------------ keys and use
+
+
+@pytest.fixture
+def keyed(page: Page, folder: pathlib.Path, nodes: dict[str, str], models: str) -> Iterator[Gateway]:
+    """A gateway of its own, without a key yet, and the page before it."""
+    place = folder / "keyed"
+    gateway = Gateway(place, nodes, models, more=f'[store]\npath = "{place}/responses.db"\n')
+    with gateway.running():
+        page.complaints.clear()
+        page.go("about:blank")
+        page.go(gateway.link)
+        page.until("document.getElementById('link')?.dataset.state === 'live'", what="the feed is live")
+        yield gateway
+        page.go("about:blank")  # before the gateway goes
+        assert not page.complaints
+
+
+def test_a_key_is_made_used_and_revoked(page: Page, keyed: Gateway) -> None:
+    def chat(key: str = "", model: str = "m", words: str = "hi") -> int:
+        body = {"model": model, "messages": [{"role": "user", "content": words}]}
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.post(f"{keyed.url}/v1/chat/completions", json=body, headers=headers, timeout=60).status_code
+
+    page.until("!document.getElementById('client-keys-empty').hidden")
+    assert "From the first key on" in page.text("#client-keys")
+    assert chat() == 200
+    # Made by keyboard alone.
+    page.run("document.getElementById('new-key').focus()")
+    page.press("Enter")
+    page.until("document.activeElement.id === 'new-key-name'")
+    assert "This is the first key" in page.text("#new-key-dialog")
+    page.type("alice")
+    set_value(page, "new-key-expires", "30")
+    page.run("document.querySelector('.new-key-more').open = true")
+    set_value(page, "new-key-requests_per_minute", "60")
+    check_axe(page)
+    page.press("Enter")
+    page.until("document.getElementById('made-key-dialog').open", what="the key is shown")
+    key = str(page.run("document.getElementById('made-key').value"))
+    assert key.startswith("sk-cortex-")
+    check_axe(page)
+    page.press("Escape")
+    page.until("!document.getElementById('made-key-dialog').open")
+    everything = "document.getElementById('made-key').value + document.documentElement.outerHTML"
+    assert key not in page.run(f"{everything} + JSON.stringify([{{...sessionStorage}}, {{...localStorage}}])")
+
+    assert chat() == 401, "from the first key on"
+    assert chat(key) == 200
+    assert chat(key, SLOW, "prompt=100 tokens=20") == 200
+    seen = "document.dispatchEvent(new Event('visibilitychange'))"  # instead of the next seconds
+    cells = "[...document.querySelectorAll('#client-keys-rows tr')].map((row) => row.innerText)"
+    page.until(f"{seen}, {cells}.some((row) => row.includes('alice') && row.includes('just now'))", what="its last use")
+    assert "2 / 60" in page.text("#client-keys-rows")
+    assert "until" in page.text("#client-keys-rows")
+    page.until(f"{seen}, document.getElementById('use-rows').innerText.includes('alice')", what="its use")
+    assert "$0.00018" in page.text("#use-rows")
+    assert "no key" in page.text("#use-rows"), "the request before the first key"
+    page.click("input[name=use-by][value=model] + span")
+    assert SLOW in page.text("#use-rows")
+    page.click("input[name=use-by][value=day] + span")
+    assert page.run("document.querySelectorAll('#use-rows tr').length") == 1
+    assert page.run("document.querySelectorAll('#use-bars .day').length") == 30
+    assert page.run("[...document.querySelectorAll('#use-bars .day')].at(-1).textContent") == ""
+    assert page.run("document.querySelector('#use-bars .day:last-child .in').getBoundingClientRect().height") > 5
+    for width in (390, 1440):
+        page.size(width, 900)
+        assert page.run("document.documentElement.scrollWidth") <= width
+        check_axe(page)
+
+    page.click('button[aria-label="Revoke alice"]')
+    confirm(page)
+    page.until(f"!{cells}.length", what="the key is gone")
+    assert "every request is refused" in page.text("#client-keys")
+    assert [chat(key), chat()] == [401, 401]
+    page.click("#new-key")
+    page.type("a b")
+    page.run("document.getElementById('new-key-name').pattern = '.*'")  # as a browser without the check
+    page.press("Enter")
+    page.until("document.getElementById('new-key-fault').textContent.includes('name')", what="the refusal is shown")
+    page.press("Escape")
+    page.complaints[:] = [each for each in page.complaints if "status of 400" not in each]  # the browser's own line
 
 
 # ------------------------------------------------------------------ the connection
