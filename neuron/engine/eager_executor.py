@@ -8,7 +8,7 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Int32Array
 from neuron.engine.staging import to_device
-from neuron.models.decoder import Forward
+from neuron.models.decoder import Decoder
 from neuron.models.sizing import PAGE_TOKENS
 from neuron.triton_kernels.attention import attention_parts
 from neuron.triton_kernels.batch import AttentionPart, Batch
@@ -21,7 +21,7 @@ class EagerExecutor:
     overlaps = False
     max_steps = 1
 
-    def __init__(self, forward: Forward, caches: LayerCaches, sampler: Sampler, num_hidden: int = 0) -> None:
+    def __init__(self, forward: Decoder, caches: LayerCaches, sampler: Sampler, num_hidden: int = 0) -> None:
         """``num_hidden`` places keep hidden states for a draft head."""
         self.config = forward.config
         self.forward, self.caches, self.sampler = forward, caches, sampler

@@ -306,12 +306,9 @@ class Engine:
             fraction = next(loading.progress)
         except StopIteration as finished:
             del self._loads[job.spec.id]
-            model: ModelEngine | Follower = finished.value
-            if isinstance(model, Follower):
-                self._followers[job.spec.id] = model
-            else:
-                self._models[job.spec.id] = model
-            self._send(Done(job.job, model.loaded))
+            follows = job.group is not None and job.group.rank > 0
+            (self._followers if follows else self._models)[job.spec.id] = finished.value
+            self._send(Done(job.job, finished.value.loaded))
         except Exception as error:  # noqa: BLE001 (any error is this job's)
             if not isinstance(error, GroupLostError):  # a load that fails leaves the device sound
                 raise_device_fault(error)

@@ -1,17 +1,14 @@
-"""A model over the ranks of a group: each computes its part of every step.
+"""A model over the ranks of a group: each computes its part of every step, with sums and gathers over all.
 
-:class:`ParallelForward` sums and gathers within a step. :class:`Leader`, on rank 0, sends ahead what it is about to
-execute, and :class:`Follower` executes it on another rank. A rank that fails in a step leaves the others waiting in it,
-so that any failure there ends the group.
+:class:`Leader`, on rank 0, sends ahead what it is about to execute, and :class:`Follower` executes it on another rank.
+A rank that fails in a step leaves the others waiting in it, so that any failure there ends the group.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from neuron.device.jobs import LoadedModel
 from neuron.engine.errors import GroupLostError
@@ -19,36 +16,7 @@ from neuron.engine.executor import Executor, InFlightStep
 from neuron.engine.group import Cleared, Group, plan_of
 from neuron.engine.plan import StepPlan
 from neuron.engine.sequence import Int32Array
-from neuron.layers.shard import Shard
-from neuron.models.decoder import Decoder
 from neuron.models.sizing import MemoryPlan
-from neuron.triton_kernels.batch import Batch
-
-
-class ParallelForward:
-    """Forward pass of a whole model by all ranks, of which this one has ``part``."""
-
-    def __init__(self, part: Decoder, group: Group) -> None:
-        self.config, self.operations = part.config, part.operations
-        self._part = dataclasses.replace(part, sum_ranks=group.sum)
-        self._group = group
-        ranks = [Shard(rank, group.size) for rank in range(group.size)]
-        self._widths = tuple(len(each.vocabulary(part.config.vocab_size)) for each in ranks)
-
-    def hidden(self, token_ids: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]) -> torch.Tensor:
-        """See :class:`~neuron.models.decoder.Forward`."""
-        return self._part.hidden(token_ids, batches, caches)
-
-    def drafted(
-        self, token_ids: torch.Tensor, hidden: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]
-    ) -> torch.Tensor:
-        """See :class:`~neuron.models.decoder.Forward`."""
-        return self._part.drafted(token_ids, hidden, batches, caches)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See :class:`~neuron.models.decoder.Forward`."""
-        # All ranks get all logits, as both backends have no gather to one rank. The others sample greedily and drop it.
-        return self._group.gather(self._part.logits(hidden), self._widths)
 
 
 class Leader:

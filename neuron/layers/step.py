@@ -13,8 +13,8 @@ from neuron.triton_kernels.norm import Norm
 from neuron.triton_kernels.operations import Operations
 from neuron.triton_kernels.rotary import Rotary
 
-SumRanks = Callable[[torch.Tensor], torch.Tensor]
-"""Sum of a tensor over the ranks that hold a model, in place or not."""
+OverRanks = Callable[[torch.Tensor], torch.Tensor]
+"""Sum or gather of a tensor over the ranks that hold a model, in place or not."""
 
 
 class Linear(NamedTuple):
@@ -28,7 +28,7 @@ class Step:
     """Step on one device; ``sum_ranks`` where several ranks hold the model."""
 
     def __init__(
-        self, operations: Operations, batch: Batch, dtype: torch.dtype, sum_ranks: SumRanks | None = None
+        self, operations: Operations, batch: Batch, dtype: torch.dtype, sum_ranks: OverRanks | None = None
     ) -> None:
         self.operations = operations
         self.batch = batch

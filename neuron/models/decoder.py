@@ -6,7 +6,7 @@ Tensors and operations, no requests: the batch tells which rows form a sequence.
 import dataclasses
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 import torch
 
@@ -14,7 +14,7 @@ from neuron.formats.matrix import embedding_rows
 from neuron.layers.cache import Cache, Latent, PagedKV, SequenceState, StateTensor
 from neuron.layers.layer import Weights
 from neuron.layers.shard import WHOLE, Shard
-from neuron.layers.step import Linear, Step, SumRanks
+from neuron.layers.step import Linear, OverRanks, Step
 from neuron.models import quantization
 from neuron.models.model import ModelConfig
 from neuron.models.parameter_reader import ParameterReader, some_rows
@@ -119,47 +119,26 @@ def new_caches(
     return Caches([cache_of(*pair) for pair in zip(kinds, num_pages, strict=True)], states)
 
 
-class Forward(Protocol):
-    """Forward pass of a model on its device."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decoder:
+    """Forward pass of a model on its device, by all ranks that hold it if several do."""
 
-    @property
-    def config(self) -> ModelConfig:
-        """Return the model's configuration."""
-
-    @property
-    def operations(self) -> Operations:
-        """Return the operations of the device."""
+    config: ModelConfig
+    weights: DecoderWeights
+    """Weights of the model, or of this rank's part."""
+    operations: Operations
+    """Operations of the device."""
+    sum_ranks: OverRanks | None = None
+    """Sum of a tensor over the ranks."""
+    gather_ranks: OverRanks | None = None
+    """Columns ``[R, V]`` of all ranks side by side, of this rank's; without it, logits are of its run of the
+    vocabulary."""
 
     def hidden(self, token_ids: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]) -> torch.Tensor:
         """Return the normalised hidden state ``[T, hidden]`` of ``token_ids`` ``[T]``, and write to ``caches``.
 
         Both ``batches`` and ``caches`` are of each layer: the step with its page table, and its cache.
         """
-
-    def drafted(
-        self, token_ids: torch.Tensor, hidden: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]
-    ) -> torch.Tensor:
-        """Return the draft head's hidden state ``[T, hidden]``, and write to its layers' ``caches``.
-
-        ``hidden`` ``[T, hidden]`` are the model's hidden states, or the head's own, at the tokens before ``token_ids``.
-        """
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``, of the model or the head."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Decoder:
-    """:class:`Forward` of a model, or of one rank's part, whose logits are then of its run of the vocabulary."""
-
-    config: ModelConfig
-    weights: DecoderWeights
-    operations: Operations
-    sum_ranks: SumRanks | None = None
-    """Sum of a tensor over the ranks that hold the model, if several do."""
-
-    def hidden(self, token_ids: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]) -> torch.Tensor:
-        """See :class:`Forward`."""
         config, weights, count = self.config, self.weights, len(self.config.layers)
         residual = self._embedded(token_ids)
         step = Step(self.operations, batches[0], residual.dtype, self.sum_ranks)
@@ -173,7 +152,10 @@ class Decoder:
     def drafted(
         self, token_ids: torch.Tensor, hidden: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]
     ) -> torch.Tensor:
-        """See :class:`Forward`."""
+        """Return the draft head's hidden state ``[T, hidden]``, and write to its layers' ``caches``.
+
+        ``hidden`` ``[T, hidden]`` are the model's hidden states, or the head's own, at the tokens before ``token_ids``.
+        """
         head, count = self.config.draft_head, len(self.config.layers)
         assert head is not None
         beside, *weights = self.weights.draft_head
@@ -192,5 +174,7 @@ class Decoder:
         return embedded
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See :class:`Forward`."""
-        return self.config.head.logits(self.operations, self.weights.head, hidden)
+        """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``, of the model or the head."""
+        own = self.config.head.logits(self.operations, self.weights.head, hidden)
+        # All ranks get all logits, as both backends have no gather to one rank. The others sample greedily and drop it.
+        return own if self.gather_ranks is None else self.gather_ranks(own)

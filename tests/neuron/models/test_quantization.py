@@ -20,7 +20,7 @@ from neuron.formats.registry import STORED_FORMATS
 from neuron.layers.cache import PagedKV
 from neuron.layers.parameters import Matrix as MatrixParameter
 from neuron.layers.shard import WHOLE, Shard
-from neuron.layers.step import Linear, SumRanks
+from neuron.layers.step import Linear, OverRanks
 from neuron.models import decoder, quantization
 from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
@@ -89,7 +89,7 @@ def allocated(weights: decoder.DecoderWeights) -> int:
 
 
 def run(
-    weights: decoder.DecoderWeights, config: ModelConfig, sum_ranks: SumRanks | None = None, shard: Shard = WHOLE
+    weights: decoder.DecoderWeights, config: ModelConfig, sum_ranks: OverRanks | None = None, shard: Shard = WHOLE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A prompt and three decodes: the last hidden states and their logits."""
     generator = torch.Generator().manual_seed(1)
