@@ -38,8 +38,8 @@ from typing import Final
 
 import report
 
+from cortex._fast.prefix_index import PrefixHashes, PrefixIndex, prefix_hashes
 from cortex.config import GatewaySettings
-from cortex.fleet.affinity import PrefixHashes, PrefixIndex, prefix_hashes
 from cortex.fleet.policies.policy import Policy, Prompt
 from cortex.fleet.policies.registry import POLICIES
 

@@ -121,7 +121,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeouts: Timeouts = Timeouts()
     polling: Polling = Polling()
     breaker: BreakerSettings = BreakerSettings()
-    routing_policy: str = "prefix_affine"
+    routing_policy: Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join(POLICIES)})\Z")] = "prefix_affine"
     """Policy that chooses among the ready replicas of a model, unless the model names its own."""
     affinity_slack: Annotated[int, msgspec.Meta(ge=0)] = 8
     """Requests by which a node that has a conversation's prefix may be busier than the least busy one, under
@@ -271,7 +271,7 @@ class ModelProfile(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=T
     pinned: tuple[str, ...] = ()
     """Nodes on which the model is kept and never evicted."""
     preferred_nodes: tuple[str, ...] = ()
-    routing_policy: str = ""
+    routing_policy: Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join(POLICIES)})?\Z")] = ""
     """Policy that chooses among its ready replicas; empty: the gateway's."""
     priority: Priority = 0
     """Priority under ``priority`` eviction: a lower one is evicted first, and never for one that is lower still."""
@@ -435,7 +435,6 @@ def _check(config: Config, source: str) -> None:
             raise ConfigError(source, f"gateway.allowed_origins[{index}]", reason)
     guard.check_hosts(gateway.allowed_hosts, source, "gateway.allowed_hosts")
     tracing.check(gateway.trace_endpoint, source, "gateway.trace_endpoint")
-    check_policy(gateway.routing_policy, source, "gateway.routing_policy")
     if not gateway.models:
         raise ConfigError(source, "gateway.models", "is empty; it names the catalogue, models.toml")
     if not config.neurons:
@@ -454,12 +453,6 @@ def _check(config: Config, source: str) -> None:
         other = endpoints.setdefault(node.endpoint.rstrip("/"), node.name)
         if other != node.name:
             raise ConfigError(source, f"neurons[{index}].endpoint", f"{node.endpoint!r} is also {other!r}'s")
-
-
-def check_policy(name: str, source: str, key: str) -> None:
-    """Raise :class:`ConfigError` if there is no routing policy of that name."""
-    if name not in POLICIES:
-        raise ConfigError(source, key, f"{name!r} is none of {', '.join(POLICIES)}")
 
 
 def _check_node(config: Config, node: NodeSettings, source: str, key: str) -> None:

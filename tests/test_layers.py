@@ -20,11 +20,11 @@ Graph = Mapping[str, set[str]]
 
 LAYERS = tuple(
     """
-cortex._fast cortex._fast.buffer cortex._fast.clock cortex._fast.in_flight cortex._fast.scheduling
-cortex._fast.watches cortex.build_identity cortex.console cortex.dialects.openai_sealed cortex.ending cortex.extras
-cortex.fleet.policies cortex.loop_lag cortex.memory cortex.settings cortex.supervise cortex.systemd cortex.wire
-cortex.worker_signals neuron.cpu_kernels neuron.device.channel neuron.device.driver neuron.formats
-neuron.text.gguf_rules neuron.text.pieces neuron.text.token_bytes
+cortex._fast cortex._fast.buffer cortex._fast.clock cortex._fast.in_flight cortex._fast.prefix_index
+cortex._fast.scheduling cortex._fast.watches cortex.build_identity cortex.console cortex.dialects.openai_sealed
+cortex.ending cortex.extras cortex.fleet.policies cortex.loop_lag cortex.memory cortex.settings cortex.supervise
+cortex.systemd cortex.wire cortex.worker_signals neuron.cpu_kernels neuron.device.channel neuron.device.driver
+neuron.formats neuron.text.gguf_rules neuron.text.pieces neuron.text.token_bytes
 
 cortex cortex._fast.event_fields cortex._fast.log_fields cortex._fast.peek cortex._fast.response_writer
 cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.dialects.anthropic_errors

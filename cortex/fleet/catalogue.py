@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from cortex.config import ModelProfile, ModelsFile, check_policy
+from cortex.config import ModelProfile, ModelsFile
 from cortex.fleet import added as added_models
 from cortex.settings import ConfigError, convert, read_toml
 
@@ -76,8 +76,6 @@ def _of_operator(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
             raise ConfigError(source, f"models[{index}].id", f"{profile.id!r} is used twice")
         if not profile.source:
             raise ConfigError(source, f"models[{index}].source", "is empty")
-        if profile.routing_policy:
-            check_policy(profile.routing_policy, source, f"models[{index}].routing_policy")
         for key in NODE_KEYS:
             for node in getattr(profile, key):
                 if node not in nodes:

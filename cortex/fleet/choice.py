@@ -7,8 +7,8 @@ only then is it in the node's cache.
 import itertools
 from collections.abc import Mapping
 
+from cortex._fast.prefix_index import PrefixHashes, PrefixIndex, prefix_hashes
 from cortex.config import GatewaySettings, ModelProfile
-from cortex.fleet.affinity import PrefixHashes, PrefixIndex, prefix_hashes
 from cortex.fleet.policies import least_outstanding
 from cortex.fleet.policies.policy import Policy, Prompt
 from cortex.fleet.policies.registry import POLICIES
