@@ -72,6 +72,18 @@ def as_json(text: str, schema: Mapping[str, Any] | None, root: Mapping[str, Any]
     return "null" if "null" in kinds and not text.strip() else _json(text)
 
 
+def literal_as_json(text: str) -> str:
+    """Return the JSON of a literal, of JSON or of Python; of what is none, the text."""
+    for written in (text, _from_python(text) or ""):
+        try:
+            value = json.loads(written, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            continue
+        if not is_deeper(value, MAX_DEPTH):
+            return written
+    return _json(text)
+
+
 def _parts(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield a schema and all that hold together with it, each once: what it refers to, and what it is all of."""
     waiting: collections.deque[object] = collections.deque([schema])

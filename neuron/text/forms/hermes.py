@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from neuron.text.forms.form import CallArguments, CallBegins, CallEnds, CallForm, ForcedTool, Piece, Schemas
+from neuron.text.forms.form import CallArguments, CallBegins, CallEnds, CallForm, CallReader, ForcedTool, Piece, Schemas
 from neuron.text.forms.json_calls import CLOSING_TAG, START, JsonReader, object_rule, tagged_rules
 from neuron.text.forms.xml import FUNCTION, XmlReader
 from neuron.text.holdback import held_back
@@ -20,12 +20,13 @@ class TaggedReader(JsonReader):
 
     def __init__(self, opened: str, schemas: Schemas) -> None:
         super().__init__(opened, schemas)
-        self._xml: XmlReader | None = None
+        self._inner: CallReader | None = None
+        """Reader of a call in another form."""
 
     def close(self, *, cut: bool) -> list[Piece]:
         """See :class:`~neuron.text.forms.form.CallReader`."""
-        if self._xml is not None and not self._xml.ended:
-            return self._xml.close(cut=cut)
+        if self._inner is not None and not self._inner.ended:
+            return self._inner.close(cut=cut)
         if self._state == self._whole and (call := whole_call(self._pending)):
             return call
         return super().close(cut=cut)
@@ -34,8 +35,8 @@ class TaggedReader(JsonReader):
         body = self._pending.lstrip()
         if body.startswith(FUNCTION):
             space = self._pending[: len(self._pending) - len(body)]
-            self._xml = XmlReader(self._opened + space + FUNCTION, self._schemas)
-            return self._go(self._inside_xml, body[len(FUNCTION) :])
+            self._inner = XmlReader(self._opened + space + FUNCTION, self._schemas)
+            return self._go(self._inside, body[len(FUNCTION) :])
         if body and FUNCTION.startswith(body):
             return False
         return super()._begin(pieces)
@@ -60,15 +61,15 @@ class TaggedReader(JsonReader):
         self.is_call = call is not None
         return self._end(rest)
 
-    def _inside_xml(self, pieces: list[Piece]) -> bool:
-        assert self._xml is not None
-        pieces += self._xml.feed(self._pending)
-        self._pending, self.is_call = "", self._xml.is_call
-        if not self._xml.ended:
+    def _inside(self, pieces: list[Piece]) -> bool:
+        assert self._inner is not None
+        pieces += self._inner.feed(self._pending)
+        self._pending, self.is_call = "", self._inner.is_call
+        if not self._inner.ended:
             return False
-        return self._go(self._close_xml, self._xml.rest) if self.is_call else self._end(self._xml.rest)
+        return self._go(self._close_inner, self._inner.rest) if self.is_call else self._end(self._inner.rest)
 
-    def _close_xml(self, pieces: list[Piece]) -> bool:
+    def _close_inner(self, pieces: list[Piece]) -> bool:
         body = self._pending.lstrip()
         if CLOSING_TAG.startswith(body) and body != CLOSING_TAG:
             return False

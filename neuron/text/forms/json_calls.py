@@ -183,8 +183,11 @@ def object_rule(tool: ForcedTool, key: str = "arguments") -> str:
     return json_rule(schema, tool.prepared.definitions)
 
 
-def tagged_rules(bodies: Sequence[str], parallel: bool) -> str:
-    """Return the rules of calls within tags, of which each has one of ``bodies``, right sides of rules."""
+def tagged_rules(bodies: Sequence[str], parallel: bool, newline: str = "\\n") -> str:
+    """Return the rules of calls within tags, of which each has one of ``bodies``, right sides of rules.
+
+    ``newline`` stands within the tags.
+    """
     names, more = " | ".join(f"call_{index}" for index in range(len(bodies))), ' ("\\n" call)*' if parallel else ""
     rules = "".join(f"call_{index}: {body}" for index, body in enumerate(bodies))
-    return f'calls: call{more}\ncall: "{START}\\n" ({names}) "\\n{CLOSING_TAG}"\n' + rules
+    return f'calls: call{more}\ncall: "{START}{newline}" ({names}) "{newline}{CLOSING_TAG}"\n' + rules

@@ -2,16 +2,46 @@
 
 from typing import Final
 
-from neuron.text.forms import hermes, llama, mistral, think, xml
+from neuron.text.forms import (
+    deepseek,
+    gemma4,
+    glm,
+    hermes,
+    invoke,
+    kimi,
+    llama,
+    mistral,
+    phi,
+    pythonic,
+    think,
+    xml,
+)
 from neuron.text.forms.form import CallForm, ReasoningForm
 
 HERMES: Final = hermes.FORM
 """Form of models whose templates show none."""
-FORMS: Final = {form.name: form for form in (mistral.FORM, llama.FORM, xml.FORM, HERMES)}
+FORMS: Final = {
+    form.name: form
+    for form in (
+        mistral.FORM,
+        gemma4.FORM,
+        kimi.FORM,
+        deepseek.FORM,
+        invoke.DSML_FORM,
+        invoke.MINIMAX_FORM,
+        phi.FORM,
+        pythonic.FORM,
+        pythonic.LLAMA_FORM,
+        llama.FORM,
+        glm.FORM,
+        xml.FORM,
+        HERMES,
+    )
+}
 """Forms by name, in the order in which templates are asked for them."""
 ALWAYS_READ: Final = (HERMES, xml.FORM)
 """Forms that any model may write."""
-REASONING_FORMS: Final = {form.name: form for form in (think.FORM,)}
+REASONING_FORMS: Final = {form.name: form for form in (gemma4.REASONING, mistral.REASONING, think.FORM)}
 """Forms of reasoning by name."""
 MARKERS: Final = frozenset(text for form in FORMS.values() for text in (form.marker, *form.tokens))
 """Texts that may be special tokens, which a tokenizer leaves out of its text."""

@@ -196,20 +196,21 @@ FORCED: dict[str, tuple[dict[str, Any], bool]] = {
 
 @pytest.mark.parametrize("name", FORCED)
 @pytest.mark.parametrize("parallel", [True, False])
-def test_a_forced_call_is_read_as_its_schema_has_it(name: str, parallel: bool) -> None:
+@pytest.mark.parametrize(("form", "head"), [("xml", "<function=f>"), ("glm", "f\\n")])
+def test_a_forced_call_is_read_as_its_schema_has_it(name: str, parallel: bool, form: str, head: str) -> None:
     parameters, is_bare = FORCED[name]
     tool = Tool("f", "", parameters)
     choice = ToolChoice(ToolMode.REQUIRED, parallel=parallel)
-    grammar = constraint_of(InferenceRequest("m", prompt="x", tools=(tool, PING), tool_choice=choice), FORMS["xml"])
+    grammar = constraint_of(InferenceRequest("m", prompt="x", tools=(tool, PING), tool_choice=choice), FORMS[form])
     assert grammar is not None
-    assert ("<function=f>" in grammar) == is_bare
+    assert (f'"{head}' in grammar) == is_bare
     ended, names = 0, set()
     for seed in range(24):
         answer = sampled(grammar, random.Random(seed))
         if answer is None:
             continue
         ended += 1
-        found = parse_with([tool, PING], [answer.decode("utf-8", "replace")], FORMS["xml"])
+        found = parse_with([tool, PING], [answer.decode("utf-8", "replace")], FORMS[form])
         assert parallel or len(found) == 1
         for called, arguments in found:
             names.add(called)
