@@ -40,7 +40,7 @@ import transformers
 from daemons import START_TIMEOUT_S, Daemon, daemon, free_port, model_state, until
 from hybrid_models import remember
 
-from cortex.dialects import openai_chat
+from cortex.dialects.registry import CHAT
 from neuron.text import tokenizer
 from neuron.text.prompt import PromptFormat
 
@@ -137,7 +137,7 @@ class Transcript:
                 {"model": MODEL, "messages": list(messages), "tools": [TOOL], "max_tokens": 16, "temperature": 0,
                  "stream": True, "stream_options": {"include_usage": True}, "logit_bias": {"65": 100}}
             )  # fmt: skip
-        self.ids = [self._form.build(openai_chat.decode(json.dumps(body).encode()).request).ids for body in self.bodies]
+        self.ids = [self._form.build(CHAT.decode(json.dumps(body).encode()).request).ids for body in self.bodies]
 
     def _text(self, num_tokens: int) -> str:
         """Return words of about ``num_tokens``."""

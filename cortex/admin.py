@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from cortex.config import ModelProfile
-from cortex.dialects import openai_fields
+from cortex.dialects import fields
 from cortex.errors import NoNodeError, UnknownNodeError
 from cortex.fleet import placement
 from cortex.fleet.control import NeuronClient
@@ -133,7 +133,7 @@ class Admin:
 
     async def load(self, exchange: Exchange) -> None:
         """``POST /admin/models/load``: returns when the model is ready."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), LoadAct)
+        asked = fields.decode(await exchange.read_body(MAX_BODY_BYTES), LoadAct)
         profile = self._profile(asked.model)
         if asked.node:
             self._neuron(asked.node)
@@ -150,7 +150,7 @@ class Admin:
 
     async def unload(self, exchange: Exchange) -> None:
         """``POST /admin/models/unload``: returns when the model is gone."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), ModelAct)
+        asked = fields.decode(await exchange.read_body(MAX_BODY_BYTES), ModelAct)
 
         async def act(neuron: NeuronClient, status: ModelStatus) -> ModelStatus:
             return await neuron.unload(UnloadRequest(status.id, asked.drain_timeout_s, status.generation))
@@ -159,7 +159,7 @@ class Admin:
 
     async def forget(self, exchange: Exchange) -> None:
         """``POST /admin/models/forget``: removes failed and unloaded models from the lists."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), ForgetAct)
+        asked = fields.decode(await exchange.read_body(MAX_BODY_BYTES), ForgetAct)
         model = self._service.catalogue.resolve(asked.model)
         if asked.node:
             self._neuron(asked.node)
@@ -179,7 +179,7 @@ class Admin:
 
     async def pin(self, exchange: Exchange) -> None:
         """``POST /admin/models/pin``. A model that no node has loaded can be unpinned, with no effect."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), PinAct)
+        asked = fields.decode(await exchange.read_body(MAX_BODY_BYTES), PinAct)
 
         async def act(neuron: NeuronClient, status: ModelStatus) -> ModelStatus:
             return await neuron.pin(PinRequest(status.id, asked.pinned))
@@ -188,7 +188,7 @@ class Admin:
 
     async def drain(self, exchange: Exchange) -> None:
         """``POST /admin/nodes/drain``: the node accepts nothing new; running requests continue."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), DrainAct)
+        asked = fields.decode(await exchange.read_body(MAX_BODY_BYTES), DrainAct)
         health = await self._neuron(asked.node).drain(DrainRequest(asked.draining))
         await self._service.poller.poll(asked.node)
         await exchange.reply(200, msgspec.json.encode(health))

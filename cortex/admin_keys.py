@@ -18,7 +18,7 @@ from cortex.access.authenticator import Authenticator, principal_of
 from cortex.access.keys import KeyName, KeyPermissions, Limits
 from cortex.access.rate_limiter import Usage
 from cortex.config import Config
-from cortex.dialects import openai_fields
+from cortex.dialects import fields
 from cortex.errors import KeyExistsError, KeyNotAddedError, KeysNotWritableError
 from cortex.http_io import Exchange
 from cortex.settings import ConfigError
@@ -121,7 +121,7 @@ class KeyAdmin:
 
     async def add(self, exchange: Exchange) -> None:
         """``POST /admin/keys``: makes a key. From the first key on, clients need one."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), NewKey)
+        asked = fields.decode(await exchange.read_body(MAX_BODY_BYTES), NewKey)
         try:
             keys.check_name(asked.name)
         except ValueError as error:
@@ -143,15 +143,15 @@ class KeyAdmin:
     async def change(self, exchange: Exchange) -> None:
         """``PATCH /admin/keys/{name}``: changes what the body has; ``null`` is the default."""
         name = self._added_name(exchange)
-        given = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), dict[str, object])
+        given = fields.decode(await exchange.read_body(MAX_BODY_BYTES), dict[str, object])
         permissions = KeyPermissions()
 
         def merged(key: AddedKey) -> AddedKey:
             nonlocal permissions
             permissions = msgspec.convert(key, KeyPermissions, from_attributes=True)
-            fields = {**msgspec.structs.asdict(permissions), **given}
-            data = msgspec.json.encode({field: value for field, value in fields.items() if value is not None})
-            permissions = openai_fields.decode(data, KeyPermissions)
+            members = {**msgspec.structs.asdict(permissions), **given}
+            data = msgspec.json.encode({name: value for name, value in members.items() if value is not None})
+            permissions = fields.decode(data, KeyPermissions)
             self._check(permissions)
             return msgspec.structs.replace(key, **msgspec.structs.asdict(permissions))
 

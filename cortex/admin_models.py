@@ -13,7 +13,7 @@ import msgspec
 
 from cortex.admin import Acted
 from cortex.config import ModelProfile
-from cortex.dialects import openai_fields
+from cortex.dialects import fields
 from cortex.errors import (
     CatalogueNotWritableError,
     ModelExistsError,
@@ -110,7 +110,7 @@ class ModelAdmin:
 
     async def fit(self, exchange: Exchange) -> None:
         """``POST /admin/models/fit``."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), FitAct)
+        asked = fields.decode(await exchange.read_body(MAX_BODY_BYTES), FitAct)
         await self._service.dispatcher.first_look()
         offered = naming.find(asked.model, self._service.catalogue, self._fleet.state, self._known)
         if offered is not None:
@@ -127,7 +127,7 @@ class ModelAdmin:
 
     async def pull(self, exchange: Exchange) -> None:
         """``POST /admin/models/pull``: returns when a node has downloaded the files of a model of the catalogue."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), PullAct)
+        asked = fields.decode(await exchange.read_body(MAX_BODY_BYTES), PullAct)
         profile = self._service.catalogue.profiles.get(self._service.catalogue.resolve(asked.model))
         if profile is None:
             raise ModelNotFoundError(f"The model {asked.model!r} is not in the catalogue.", param="model")
@@ -144,7 +144,7 @@ class ModelAdmin:
 
     async def add(self, exchange: Exchange) -> None:
         """``POST /admin/models``: offers a model from now on; one that was added from the same source is changed."""
-        profile = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), ModelProfile)
+        profile = fields.decode(await exchange.read_body(MAX_BODY_BYTES), ModelProfile)
         if not profile.source:
             raise InvalidRequestError("'source' is empty.", param="source")
         for node in (*profile.pinned, *profile.preferred_nodes):

@@ -9,7 +9,10 @@ from cortex.admin_usage import UsageReport
 from cortex.config import ModelProfile
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
 from cortex.dialects import openapi
-from cortex.dialects.openapi import COUNT, LIST, OBJECT, RESPONSE_ANSWER, TEXT, Operation, Schema, object_with
+from cortex.dialects import registry
+from cortex.dialects.openapi import Operation
+from cortex.dialects.responses.spec import RESPONSE
+from cortex.dialects.schema import COUNT, LIST, OBJECT, TEXT, Schema, object_with
 from cortex.fleet.offers import FullOfferList, Offer
 from cortex.wire.node import Health
 
@@ -25,20 +28,19 @@ _CONVERSATION = object_with(id=TEXT, object={"const": "conversation"}, created_a
 _RESPONSE, _NAMED = "/v1/responses/{response_id}", "/v1/conversations/{conversation_id}"
 
 OPERATIONS = (
-    *openapi.INFERENCE,
     Operation("GET", "/v1/models", "List the models on offer.", object_with(data=LIST)),
     Operation("GET", "/v1/models/{model}", "Describe a model.", Offer),
     Operation(
         "GET",
         _RESPONSE,
         "Return a stored response, or follow one.",
-        RESPONSE_ANSWER,
+        RESPONSE,
         streams=True,
         query={"stream": {"type": "boolean"}, "starting_after": COUNT},
     ),
     Operation("DELETE", _RESPONSE, "Delete a response.", _DELETED),
     Operation("GET", f"{_RESPONSE}/input_items", "List the input items of a response.", _PAGE, query=_PAGED),
-    Operation("POST", f"{_RESPONSE}/cancel", "End a response that is made in the background.", RESPONSE_ANSWER),
+    Operation("POST", f"{_RESPONSE}/cancel", "End a response that is made in the background.", RESPONSE),
     Operation("POST", "/v1/conversations", "Create a conversation.", _CONVERSATION, CreateBody),
     Operation("GET", _NAMED, "Describe a conversation.", _CONVERSATION),
     Operation("POST", _NAMED, "Replace a conversation's metadata.", _CONVERSATION, UpdateBody),
@@ -81,4 +83,4 @@ OPERATIONS = (
 
 def description() -> bytes:
     """Return the document."""
-    return openapi.document("cortex", __version__, OPERATIONS)
+    return openapi.document("cortex", __version__, (*registry.operations(), *OPERATIONS))

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from cortex import guard, settings, tracing
+from cortex.dialects import registry
 from cortex.fleet.policies.registry import POLICIES
 from cortex.logs import LogFormat
 from cortex.request_body import BODY_TIMEOUT_S
@@ -25,9 +26,6 @@ from cortex.wire.node import Duration, EvictionStrategy, ModelSpec, Priority, sp
 ENVIRONMENT_PREFIX = "CORTEX_"
 CONFIG_VARIABLE = "CORTEX_CONFIG"
 """Variable with the path of ``cortex.toml``, for ``granian cortex.asgi:app``."""
-
-DIALECTS = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
-"""Names of the dialects, as nodes and :mod:`cortex.dialects` use them."""
 
 SEARCH_PATH = ("cortex.toml", "/etc/cortex/cortex.toml")
 NO_FILE = "no cortex.toml"
@@ -468,5 +466,5 @@ def _check_node(config: Config, node: NodeSettings, source: str, key: str) -> No
     if node.type is NodeType.NEURON and node.models:
         raise ConfigError(source, f"{key}.models", 'is for nodes of type = "openai"')
     for dialect in node.dialects:
-        if dialect not in DIALECTS:
-            raise ConfigError(source, f"{key}.dialects", f"{dialect!r} is none of {', '.join(DIALECTS)}")
+        if dialect not in registry.names():
+            raise ConfigError(source, f"{key}.dialects", f"{dialect!r} is none of {', '.join(registry.names())}")

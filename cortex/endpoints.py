@@ -6,7 +6,7 @@ from cortex import __version__
 from cortex.access.authenticator import principal_of
 from cortex.build_identity import COMMIT
 from cortex.dialects.model_list import reply_model, reply_models
-from cortex.dialects.passthrough import envelope_for
+from cortex.dialects.registry import envelope_for
 from cortex.errors import ReplyError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Dispatcher

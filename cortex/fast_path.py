@@ -9,8 +9,8 @@ from cortex import tracing
 from cortex._fast.fast_path import CachedAccess, CachedRoute, FastPath
 from cortex._fast.watches import Watches
 from cortex.access.keys import Principal
-from cortex.dialects.first_reading import PARAMETERS
-from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, Dialect
+from cortex.dialects.dialect import Dialect
+from cortex.dialects.registry import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES
 from cortex.ending import Ending
 from cortex.gateway import Gateway
 from cortex.inference import TO_EVERY_NODE, principal_headers
@@ -60,7 +60,7 @@ class FastPathRules:
             lambda model: self._find_route(dialect, principal, model),
             self._gateway.settings.gateway.max_body_bytes,
             self._gateway.settings.gateway.body_timeout_s,
-            PARAMETERS[path].names,
+            dialect.parameters.names,
             None if self._gateway.authenticator.is_proved(principal) else self._gateway.guard.known_hosts,
         )
 

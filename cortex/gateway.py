@@ -30,16 +30,8 @@ from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
 from cortex.dashboard.feed import Feed
 from cortex.dialects import openapi
-from cortex.dialects.passthrough import (
-    CHAT,
-    COMPACT,
-    COMPLETIONS,
-    COUNT_TOKENS,
-    EMBEDDINGS,
-    INPUT_TOKENS,
-    MESSAGES,
-    RESPONSES,
-)
+from cortex.dialects import registry
+from cortex.dialects.registry import RESPONSES
 from cortex.endpoints import Endpoints, reply_error
 from cortex.errors import GatewayStoppedError
 from cortex.fleet.catalogue import Catalogue
@@ -168,14 +160,10 @@ class Gateway:
         stored = StoredEndpoints(conversations, self._background)
         named = ConversationEndpoints(self._named)
         self._paths: Mapping[str, Methods] = {
-            CHAT.path: {"POST": inference.endpoint(CHAT)},
-            EMBEDDINGS.path: {"POST": inference.endpoint(EMBEDDINGS)},
-            COMPLETIONS.path: {"POST": inference.endpoint(COMPLETIONS)},
-            RESPONSES.path: {"POST": inference.endpoint(RESPONSES, hook)},
-            COMPACT.path: {"POST": inference.endpoint(COMPACT, hook)},
-            INPUT_TOKENS.path: {"POST": inference.endpoint(INPUT_TOKENS, hook)},
-            MESSAGES.path: {"POST": inference.endpoint(MESSAGES)},
-            COUNT_TOKENS.path: {"POST": inference.endpoint(COUNT_TOKENS)},
+            **{
+                dialect.path: {"POST": inference.endpoint(dialect, hook if dialect.name == RESPONSES.name else None)}
+                for dialect in registry.DIALECTS
+            },
             "/v1/conversations": {"POST": counted(named.create)},
             "/v1/models": {"GET": endpoints.models},
             "/health": {"GET": endpoints.health},

@@ -22,21 +22,13 @@ from cortex._fast.record import Record
 from cortex.access.authenticator import UNCOUNTED, Authenticator, Reservation, principal_of
 from cortex.access.keys import Principal, check_model
 from cortex.config import Config
-from cortex.dialects.first_reading import PARAMETERS
+from cortex.dialects.dialect import Dialect
 from cortex.dialects.parameters import add_header
-from cortex.dialects.passthrough import (
-    CHAT,
-    COMPACT,
-    COUNT_TOKENS,
-    EMBEDDINGS,
-    INPUT_TOKENS,
-    NO_CONTEXT,
-    RESPONSES,
-    Dialect,
-    Usage,
-)
+from cortex.dialects.registry import CHAT, COMPACT, RESPONSES
 from cortex.dialects.renamed import RenamedStream, rename
+from cortex.dialects.responses.context import NO_CONTEXT
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
+from cortex.dialects.usage import Usage
 from cortex.errors import NotAnAnswerError
 from cortex.event_stream import EventStream, serve_stream
 from cortex.fleet.catalogue import Catalogue
@@ -117,7 +109,7 @@ class Inference:
         principal = principal_of(exchange.caller)
         record.key = principal.name
         body = await exchange.read_body(self._max_body_bytes)
-        parameters = PARAMETERS[dialect.path]
+        parameters = dialect.parameters
         found = parameters.read(body)
         if found.unknown:
             strict = self._is_strict if principal.is_strict is None else principal.is_strict
@@ -139,7 +131,7 @@ class Inference:
         headers = [*TO_EVERY_NODE, (REQUEST_ID, exchange.request_id.encode()), *model_name_headers(name, model)]
         if record.trace is not None:
             headers += record.trace.headers
-        generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
+        generates = dialect.generates
         prepared, context = None, NO_CONTEXT
         if hook is not None:
             prepared = await hook.before(ResponseRequest(exchange, dialect, record, principal, name, body, found))
@@ -374,12 +366,12 @@ def _add_headers(answer: NodeResponse, call: "_NodeCall", exchange: Exchange) ->
         if value is not None:
             add_header(exchange.extra_headers, name, value)
     if answer.is_chat and call.chat is not None:
-        reading = call.chat.reading
-        if reading.ignored:
-            add_header(exchange.extra_headers, IGNORED, ",".join(reading.ignored).encode())
-        if reading.num_omitted:
+        decoded = call.chat.call
+        if decoded.ignored:
+            add_header(exchange.extra_headers, IGNORED, ",".join(decoded.ignored).encode())
+        if decoded.num_omitted:
             by_node = int(exchange.extra_headers.get(OMITTED_PARTS, b"0"))
-            add_header(exchange.extra_headers, OMITTED_PARTS, b"%d" % (by_node + reading.num_omitted))
+            add_header(exchange.extra_headers, OMITTED_PARTS, b"%d" % (by_node + decoded.num_omitted))
 
 
 class _NodeCall(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import orjson
 
 from cortex.access.authenticator import principal_of
-from cortex.dialects.passthrough import RESPONSES
+from cortex.dialects.registry import RESPONSES
 from cortex.event_stream import stream
 from cortex.http_io import Exchange, query_parameters
 from cortex.responses.background import Background

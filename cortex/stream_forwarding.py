@@ -5,7 +5,9 @@ from types import TracebackType
 from cortex._fast.record import Record
 from cortex._fast.sse import SseEventTooLarge
 from cortex._fast.stream_forwarder import StreamForwarder
-from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, clean_finish, read_usage
+from cortex.dialects.dialect import TAIL_CHUNKS, Dialect
+from cortex.dialects.failures import read_failure
+from cortex.dialects.usage import clean_finish, read_usage
 from cortex.errors import NotAnAnswerError, TooLongAnswerError
 from cortex.fleet.node_request import NodeResponse
 from cortex.fleet.refusals import DEATHS
@@ -40,7 +42,7 @@ class DialectForwarder(StreamForwarder):
         finishes = dialect.finish.findall(b"".join(self.tail))
         record.finish = clean_finish(finishes[-1].decode("latin-1").rpartition(".")[2]) if finishes else ""
         if self.scanner.failed:
-            error = dialect.read_failure(b"".join(self.tail))
+            error = read_failure(b"".join(self.tail))
             record.status, record.finish = error.status, error.code
 
 

@@ -1,8 +1,10 @@
 """Description of the API for ``/openapi.json``. A test compares it with the served paths."""
 
 from cortex.dialects import openapi
+from cortex.dialects import registry
 from cortex.dialects.model_list import ListedModel
-from cortex.dialects.openapi import LIST, OBJECT, Operation, object_with
+from cortex.dialects.openapi import Operation
+from cortex.dialects.schema import LIST, OBJECT, object_with
 from cortex.wire.node import (
     Discovery,
     DrainRequest,
@@ -20,7 +22,6 @@ from cortex.wire.node import (
 from neuron import __version__
 
 OPERATIONS = (
-    *openapi.INFERENCE,
     Operation("GET", "/v1/models", "List the models.", object_with(data=LIST)),
     Operation("GET", "/v1/models/{model}", "Describe a model.", ListedModel),
     Operation("GET", "/discovery", "Say what this host is.", Discovery),
@@ -42,4 +43,4 @@ OPERATIONS = (
 
 def description() -> bytes:
     """Return the document."""
-    return openapi.document("neuron", __version__, OPERATIONS)
+    return openapi.document("neuron", __version__, (*registry.operations(), *OPERATIONS))

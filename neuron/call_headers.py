@@ -7,7 +7,9 @@ from typing import TypeVar
 
 import msgspec
 
-from cortex.dialects.parameters import Call, add_header
+from cortex.dialects.dialect import GenerationCall
+from cortex.dialects.embeddings.request import EmbeddingCall
+from cortex.dialects.parameters import add_header
 from cortex.http_io import Exchange
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.headers import IGNORED, MODEL_NAME, OMITTED_PARTS, PRINCIPAL, PRIORITY, requested_model_name
@@ -19,7 +21,7 @@ _PRIORITY = re.compile(rb"[+-]?[0-9]{1,9}")
 _Request = TypeVar("_Request", InferenceRequest, EmbeddingRequest)
 
 
-def report_call(exchange: Exchange, call: Call) -> None:
+def report_call(exchange: Exchange, call: GenerationCall | EmbeddingCall) -> None:
     """Report unknown members of the body, and the number of omitted content parts, in the answer's headers."""
     if call.num_omitted:
         add_header(exchange.extra_headers, OMITTED_PARTS, b"%d" % call.num_omitted)

@@ -5,9 +5,10 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from cortex.build_identity import COMMIT
-from cortex.dialects import openai_fields, openapi
+from cortex.dialects import fields
+from cortex.dialects import openapi
+from cortex.dialects import registry
 from cortex.dialects.model_list import ListedModel, reply_model, reply_models, sizes_and_abilities
-from cortex.dialects.passthrough import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 from cortex.http_io import Exchange, until_disconnect
 from cortex.wire.errors import ModelNotFoundError
 from cortex.wire.node import (
@@ -24,7 +25,6 @@ from cortex.wire.node import (
 from neuron import __version__, api_description, metrics
 from neuron.service import Service
 
-DIALECTS = (CHAT.name, COMPLETIONS.name, EMBEDDINGS.name, RESPONSES.name, MESSAGES.name)
 _ADMIN_BODY_BYTES = 1 << 20
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -53,7 +53,7 @@ class NodeApi:
         }
 
     async def _discovery(self, exchange: Exchange) -> None:
-        await reply_json(exchange, await self._service.discovery(DIALECTS))
+        await reply_json(exchange, await self._service.discovery(registry.names()))
 
     async def _health(self, exchange: Exchange) -> None:
         await reply_json(exchange, self._service.health())
@@ -65,7 +65,7 @@ class NodeApi:
         await exchange.reply(200, api_description.description())
 
     async def _metrics(self, exchange: Exchange) -> None:
-        devices = (await self._service.discovery(DIALECTS)).devices
+        devices = (await self._service.discovery(registry.names())).devices
         text = metrics.render(self._service.models.statuses(), self._service.health().workers, devices)
         await exchange.reply(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
@@ -74,34 +74,34 @@ class NodeApi:
         await reply_json(exchange, ModelList(models.statuses(), models.generation))
 
     async def _load(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), LoadRequest)
+        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), LoadRequest)
         await reply_json(exchange, await until_disconnect(exchange, self._service.load(asked)))
 
     async def _pull(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ModelSpec)
+        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ModelSpec)
         await reply_json(exchange, await until_disconnect(exchange, self._service.pull(asked)))
 
     async def _fit(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ModelSpec)
+        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ModelSpec)
         await reply_json(exchange, await until_disconnect(exchange, self._service.fit(asked)))
 
     async def _unload(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), UnloadRequest)
+        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), UnloadRequest)
         await reply_json(exchange, await self._service.unload(asked))
 
     async def _forget(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ForgetRequest)
+        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ForgetRequest)
         status = self._service.models.find(asked.id).status()
         self._service.models.forget(asked.id)
         await reply_json(exchange, status)
 
     async def _pin(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), PinRequest)
+        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), PinRequest)
         status = self._service.models.pin(asked.id, asked.pinned, asked.priority, asked.idle_ttl_s)
         await reply_json(exchange, status)
 
     async def _drain(self, exchange: Exchange) -> None:
-        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), DrainRequest)
+        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), DrainRequest)
         await reply_json(exchange, self._service.drain(asked))
 
     async def endpoint(self, exchange: Exchange) -> None:
@@ -109,7 +109,7 @@ class NodeApi:
         name = exchange.path.removeprefix("/models/").removesuffix("/endpoint")
         with self._service.models.use(name):
             host = exchange.header(b"host") or self._service.listen.encode()
-            await reply_json(exchange, Endpoint(name, f"http://{host.decode('latin-1')}/v1", DIALECTS))
+            await reply_json(exchange, Endpoint(name, f"http://{host.decode('latin-1')}/v1", registry.names()))
 
     async def _listed(self, exchange: Exchange) -> None:
         await reply_models(exchange, [_listed(status) for status in self._service.models.statuses()])

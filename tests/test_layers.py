@@ -21,59 +21,57 @@ Graph = Mapping[str, set[str]]
 LAYERS = tuple(
     """
 cortex._fast cortex._fast.buffer cortex._fast.clock cortex._fast.in_flight cortex._fast.prefix_index
-cortex._fast.scheduling cortex._fast.watches cortex.build_identity cortex.console cortex.dialects.openai_sealed
-cortex.ending cortex.extras cortex.fleet.policies cortex.loop_lag cortex.memory cortex.settings cortex.supervise
-cortex.systemd cortex.wire cortex.worker_signals neuron.cpu_kernels neuron.device.channel neuron.device.driver
-neuron.formats neuron.text.gguf_rules neuron.text.pieces neuron.text.token_bytes
+cortex._fast.scheduling cortex._fast.watches cortex.build_identity cortex.console cortex.dialects.schema cortex.ending
+cortex.extras cortex.fleet.policies cortex.loop_lag cortex.memory cortex.settings cortex.supervise cortex.systemd
+cortex.wire cortex.worker_signals neuron.cpu_kernels neuron.device.channel neuron.device.driver neuron.formats
+neuron.text.gguf_rules neuron.text.pieces neuron.text.token_bytes
 
 cortex cortex._fast.event_fields cortex._fast.log_fields cortex._fast.peek cortex._fast.response_writer
-cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.dialects.anthropic_errors
-cortex.dialects.openai_chunks cortex.dialects.openai_errors cortex.errors cortex.fleet.state cortex.guard
-cortex.owned_file cortex.report cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors
-neuron.text.plain neuron.triton_kernels
+cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.dialects.chat.chunks cortex.dialects.openai_errors
+cortex.dialects.responses.sealed cortex.errors cortex.fleet.state cortex.guard cortex.owned_file cortex.report
+cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors neuron.text.plain neuron.triton_kernels
 
-cortex._fast.chat_events cortex._fast.chat_stream cortex._fast.http_client cortex._fast.messages_stream
-cortex._fast.responses_stream cortex._fast.usage_scanner cortex.access cortex.http_io cortex.logs neuron.device
+cortex._fast.chat_events cortex._fast.chat_stream cortex._fast.http_client cortex._fast.responses_stream
+cortex._fast.usage_scanner cortex.access cortex.dialects.envelope cortex.http_io cortex.logs neuron.device
 neuron.harness neuron.layers neuron.text.matcher
 
-cortex.asgi_io cortex.config cortex.dialects cortex.event_stream cortex.send_window neuron.batch
+cortex.asgi_io cortex.dialects.messages.errors cortex.event_stream cortex.send_window neuron.batch
 neuron.engine_settings neuron.metrics
 
-cortex._fast.record cortex.gateway_client cortex.known_models cortex.store cortex.upstream neuron.api_description
-neuron.call_headers neuron.config neuron.models
+cortex._fast.messages_stream neuron.config neuron.models
 
-cortex._fast.stream_forwarder cortex.agents cortex.chat_client cortex.conversation_endpoints cortex.fleet
-cortex.load_watch cortex.local_daemons cortex.metrics cortex.preflight cortex.responses neuron.load neuron.text.tekken
+cortex.dialects neuron.load neuron.text.tekken
 
-cortex.admin cortex.chat cortex.endpoints cortex.launch cortex.operate cortex.preparation cortex.reload
-cortex.request_log cortex.stored_endpoints cortex.stream_forwarding neuron.text.tokenizer
+cortex._fast.record cortex.config neuron.api_description neuron.call_headers neuron.text.tokenizer
 
-cortex._fast.fast_path cortex.admin_models cortex.capture cortex.catalogue_commands cortex.demo cortex.key_commands
-cortex.run cortex.usage_recorder neuron.engine neuron.text
+cortex._fast.stream_forwarder cortex.gateway_client cortex.known_models cortex.metrics cortex.store cortex.upstream
+neuron.engine neuron.text
 
-cortex.admin_keys cortex.admin_usage cortex.cli cortex.dashboard cortex.inference cortex.rsgi_io neuron.generation
+cortex.agents cortex.chat_client cortex.conversation_endpoints cortex.fleet cortex.load_watch cortex.local_daemons
+cortex.preflight cortex.request_log cortex.responses neuron.generation
 
-cortex.api_description neuron.torch_model
+cortex._fast.fast_path cortex.admin cortex.capture cortex.chat cortex.endpoints cortex.launch cortex.operate
+cortex.preparation cortex.reload cortex.stored_endpoints cortex.stream_forwarding cortex.usage_recorder
+neuron.torch_model
 
-cortex.gateway neuron.torch_harness
+cortex.admin_keys cortex.admin_models cortex.admin_usage cortex.catalogue_commands cortex.dashboard cortex.demo
+cortex.inference cortex.key_commands cortex.rsgi_io cortex.run neuron.torch_harness
 
-cortex.fast_path cortex.worker neuron.service
+cortex.api_description cortex.cli neuron.service
 
-cortex.asgi neuron.node_api
+cortex.gateway neuron.node_api
 
-neuron.api
+cortex.fast_path cortex.worker neuron.api
 
-neuron.cli
+cortex.asgi neuron.cli
 """.strip().split("\n\n")
 )
 """Units by layer, the lowest first. A module belongs to the unit with the longest matching name."""
 NEURON_USES = (
-    "cortex._fast.chat_stream",
-    "cortex._fast.messages_stream",
-    "cortex._fast.responses_stream",
     "cortex._fast.scheduling",
     "cortex.build_identity",
     "cortex.dialects",
+    "cortex.dialects.schema",
     "cortex.extras",
     "cortex.guard",
     "cortex.event_stream",

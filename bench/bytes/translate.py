@@ -16,7 +16,8 @@ from cortex._fast.chat_stream import ChatStream
 from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.peek import peek
 from cortex._fast.usage_scanner import UsageScanner
-from cortex.dialects.passthrough import MESSAGES, RESPONSES, Dialect
+from cortex.dialects.dialect import Dialect
+from cortex.dialects.registry import MESSAGES, RESPONSES
 from cortex.dialects.translate import Translation, to_chat
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
 

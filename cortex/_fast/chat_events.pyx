@@ -2,7 +2,7 @@
 
 Most SSE events carry one more piece of text and differ only in it. The bytes around the text of the last one are kept,
 and an event with the same bytes is decoded by unescaping the rest; any other is decoded by
-:mod:`cortex.dialects.openai_chunks`. Only the first choice is read: the dialects of the translation have one.
+:mod:`cortex.dialects.chat.chunks`. Only the first choice is read: the dialects of the translation have one.
 """
 
 cimport cython
@@ -13,7 +13,7 @@ from libc.string cimport memchr, memcmp
 import orjson
 
 from cortex._fast.sse import SseDecoder
-from cortex.dialects.openai_chunks import ChunkReader
+from cortex.dialects.chat.chunks import ChunkReader
 from cortex.wire.events import ReasoningDelta, TextDelta
 
 cdef object _TextDelta = TextDelta

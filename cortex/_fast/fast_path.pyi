@@ -9,7 +9,7 @@ from cortex._fast.watches import Watches
 from cortex.access.authenticator import Authenticator
 from cortex.access.keys import KeyRing
 from cortex.config import Config
-from cortex.dialects.passthrough import Usage
+from cortex.dialects.usage import Usage
 from cortex.ending import Ending
 from cortex.fleet.breaker import Breakers
 from cortex.fleet.deaths import Deaths

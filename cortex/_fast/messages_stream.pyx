@@ -13,7 +13,7 @@ import orjson
 from cortex._fast.buffer cimport Buffer, put, put_bytes, put_literal
 from cortex._fast.event_fields cimport FINISHED, REASONING, STARTED, TEXT, TOOL_CALL, Delta, read_event
 
-from cortex.dialects.anthropic_errors import error_body
+from cortex.dialects.messages.errors import error_body
 from cortex.wire.errors import RemoteError, UpstreamError
 from cortex.wire.events import FinishReason
 
@@ -138,7 +138,7 @@ cdef class MessagesStream:
             self.add(event)
         return self.out.cut()
 
-    def message(self):
+    def whole(self):
         """Return the whole message, for a request that is not streamed.
 
         Raises :exc:`RemoteError` if the inference failed, :exc:`UpstreamError` if it has not come to its end.

@@ -1,6 +1,6 @@
 from typing import final
 
-from cortex.dialects.passthrough import Usage
+from cortex.dialects.usage import Usage
 from cortex.tracing import Trace
 
 @final

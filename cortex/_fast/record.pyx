@@ -22,7 +22,7 @@ cdef class Record:
     """Record of one request. ``model`` is set only once it is known to exist, so that it may label a metric.
 
     ``key`` is the name of the request's key, ``node`` the last node it was sent to. ``usage`` is a
-    :class:`~cortex.dialects.passthrough.Usage`, ``trace`` a :class:`~cortex.tracing.Trace`, or each is ``None``.
+    :class:`~cortex.dialects.usage.Usage`, ``trace`` a :class:`~cortex.tracing.Trace`, or each is ``None``.
     ``num_token_events`` counts the SSE events of a stream that carry generated content: an estimate of its tokens where
     the stream ended before its usage.
     """

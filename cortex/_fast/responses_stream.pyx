@@ -30,7 +30,7 @@ from cortex._fast.event_fields cimport (
 )
 
 from cortex.dialects.openai_errors import error_object, response_error_code
-from cortex.dialects.openai_sealed import seal
+from cortex.dialects.responses.sealed import seal
 from cortex.wire.custom_tools import custom_input
 from cortex.wire.errors import RemoteError, UpstreamError
 from cortex.wire.events import FinishReason
@@ -302,7 +302,7 @@ cdef class ResponsesStream:
         """Return the response object as a stream begins with it."""
         return self.response_object(b"in_progress", b"null", b"null", b"null")
 
-    def response(self):
+    def whole(self):
         """Return the response object of the last event, for a request that is not streamed.
 
         Raises :exc:`RemoteError` if the inference failed, :exc:`UpstreamError` if it has not come to its end.

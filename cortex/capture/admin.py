@@ -10,7 +10,7 @@ import msgspec
 from cortex.access.authenticator import LOCAL, principal_of
 from cortex.access.keys import KeyRing
 from cortex.capture.capture import Capture, CaptureState
-from cortex.dialects import openai_fields
+from cortex.dialects import fields
 from cortex.http_io import Exchange
 from cortex.wire.errors import InvalidRequestError, NotFoundError
 
@@ -63,7 +63,7 @@ class CaptureAdmin:
 
     async def begin(self, exchange: Exchange) -> None:
         """``POST /admin/capture``: what was captured before is removed."""
-        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), NewCapture)
+        asked = fields.decode(await exchange.read_body(MAX_BODY_BYTES), NewCapture)
         ring = self._keys()
         names = [LOCAL.name, *(principal.name for principal in ring.by_name())]
         if asked.key not in names and not (asked.key == "" and ring.is_open):

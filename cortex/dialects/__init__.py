@@ -1,1 +1,1 @@
-"""Client languages: body bytes to request, events to replies, errors to envelopes."""
+"""Client APIs: body bytes to request, events to replies, errors to envelopes; a package each."""

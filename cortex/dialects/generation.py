@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from cortex.dialects.openai_fields import in_range, output_format, refuse, token_bias
+from cortex.dialects.fields import in_range, output_format, refuse, token_bias
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import Ending, FormatKind, OutputFormat, Sampling
 

@@ -10,21 +10,10 @@ from typing import Any
 
 import msgspec
 
-from cortex.dialects import anthropic_messages, openai_chat, openai_completions, openai_embeddings, openai_responses
-from cortex.dialects.passthrough import (
-    CHAT,
-    COMPACT,
-    COMPLETIONS,
-    COUNT_TOKENS,
-    EMBEDDINGS,
-    INPUT_TOKENS,
-    MESSAGES,
-    RESPONSES,
-)
+from cortex.dialects.envelope import OPENAI, Envelope
+from cortex.dialects.schema import TEXT, Schema, object_with
 
 PATH = "/openapi.json"
-
-Schema = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +28,8 @@ class Operation:
     body: Any = None
     streams: bool = False
     query: Mapping[str, Schema] = field(default_factory=dict)
+    envelope: Envelope = OPENAI
+    """Form of its errors."""
 
 
 def document(title: str, version: str, operations: Sequence[Operation]) -> bytes:
@@ -56,7 +47,7 @@ def document(title: str, version: str, operations: Sequence[Operation]) -> bytes
             "openapi": "3.1.0",
             "info": {"title": title, "version": version},
             "paths": paths,
-            "components": {"schemas": {**components, "Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}},
+            "components": {"schemas": components | {one.envelope.name: one.envelope.schema for one in operations}},
         }
     )
 
@@ -72,11 +63,9 @@ def _operation(one: Operation, by_type: Mapping[type, Schema]) -> Schema:
         content = {"application/json": {"schema": schema(one.answer)}}
     if one.streams:
         content["text/event-stream"] = {}  # 3.1 has no schema for what comes event by event
-    is_anthropic = one.path == MESSAGES.path or one.path.startswith(f"{MESSAGES.path}/")
-    error_name = "AnthropicError" if is_anthropic else "Error"
     error = {
         "description": "An error, in the words of the path's dialect.",
-        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{error_name}"}}},
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{one.envelope.name}"}}},
     }
     operation: Schema = {
         "summary": one.summary,
@@ -101,55 +90,4 @@ def _anything(kind: type) -> Schema:
     raise NotImplementedError
 
 
-def object_with(**fields: Schema) -> Schema:
-    """Return the schema of an object with at least these members."""
-    return {"type": "object", "required": list(fields), "properties": fields}
-
-
-TEXT: Schema = {"type": "string"}
-TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-LIST: Schema = {"type": "array"}
-OBJECT: Schema = {"type": "object"}
-
-_ERROR = object_with(error=object_with(message=TEXT, type=TEXT, param=TEXT_OR_NULL, code=TEXT_OR_NULL))
-_ANTHROPIC_ERROR = object_with(type={"const": "error"}, error=object_with(type=TEXT, message=TEXT), request_id=TEXT)
-CHAT_ANSWER = object_with(
-    id=TEXT, object={"const": "chat.completion"}, created=COUNT, model=TEXT, choices=LIST, usage=OBJECT
-)
-COMPLETION_ANSWER = object_with(
-    id=TEXT, object={"const": "text_completion"}, created=COUNT, model=TEXT, choices=LIST, usage=OBJECT
-)
-EMBEDDINGS_ANSWER = object_with(object={"const": "list"}, data=LIST, model=TEXT, usage=OBJECT)
-RESPONSE_ANSWER = object_with(
-    id=TEXT, object={"const": "response"}, created_at={"type": "number"}, model=TEXT, status=TEXT, output=LIST,
-    parallel_tool_calls={"type": "boolean"}, tool_choice={}, tools=LIST,
-)  # fmt: skip
-MESSAGE_ANSWER = object_with(
-    id=TEXT, type={"const": "message"}, role={"const": "assistant"}, model=TEXT, content=LIST, usage=OBJECT,
-    stop_reason=TEXT_OR_NULL, stop_sequence=TEXT_OR_NULL,
-)  # fmt: skip
-COMPACTION_ANSWER = object_with(
-    id=TEXT, object={"const": "response.compaction"}, created_at=COUNT, output=LIST, usage=OBJECT
-)
-INPUT_TOKENS_ANSWER = object_with(object={"const": "response.input_tokens"}, input_tokens=COUNT)
-TOKENS_ANSWER = object_with(input_tokens=COUNT)
 VERSION_ANSWER = object_with(name=TEXT, version=TEXT, commit=TEXT)
-
-INFERENCE = (
-    Operation("POST", EMBEDDINGS.path, "Embed texts.", EMBEDDINGS_ANSWER, openai_embeddings.EmbeddingBody),
-    Operation("POST", CHAT.path, "Answer a chat.", CHAT_ANSWER, openai_chat.ChatBody, streams=True),
-    Operation(
-        "POST", COMPLETIONS.path, "Go on with a text.", COMPLETION_ANSWER, openai_completions.CompletionBody, True
-    ),
-    Operation(
-        "POST", RESPONSES.path, "Make a response.", RESPONSE_ANSWER, openai_responses.ResponsesBody, streams=True
-    ),
-    Operation("POST", COMPACT.path, "Sum a conversation up.", COMPACTION_ANSWER, openai_responses.ResponsesBody),
-    Operation(
-        "POST", INPUT_TOKENS.path, "Count a response's prompt.", INPUT_TOKENS_ANSWER, openai_responses.ResponsesBody
-    ),
-    Operation("POST", MESSAGES.path, "Answer messages.", MESSAGE_ANSWER, anthropic_messages.MessagesBody, streams=True),
-    Operation("POST", COUNT_TOKENS.path, "Count a prompt.", TOKENS_ANSWER, anthropic_messages.MessagesBody),
-)
-"""Operations that both daemons have."""

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from cortex._fast.peek import MAX_REFUSED, KnownNames, Peek, PeekError, PeekLimitError, PeekTypeError, peek
-from cortex.dialects import openai_fields
+from cortex.dialects import fields
 from cortex.wire.errors import (
     InvalidJsonError,
     InvalidTypeError,
@@ -25,6 +25,7 @@ from cortex.wire.errors import (
     UnsupportedParameterError,
 )
 from cortex.wire.headers import IGNORED
+from cortex.wire.request import InferenceRequest
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -36,6 +37,18 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """Unknown members of the body."""
     num_omitted: int = 0
     """Number of content parts of earlier messages that were replaced by text."""
+
+
+class SingleCall(Call, frozen=True):
+    """A decoded body that asks a model for one answer."""
+
+    request: InferenceRequest
+    stream: bool
+
+    @property
+    def requests(self) -> tuple[InferenceRequest, ...]:
+        """The request alone."""
+        return (self.request,)
 
 
 MAX_VALUES = 500_000
@@ -147,7 +160,7 @@ class Parameters(Generic[Body]):
         ``without_effect`` has names by path, separated by spaces, ``refused`` top-level names with their harmless
         values, ``max_items`` the limits of lists.
         """
-        self._body = body
+        self.body = body
         objects: dict[type, _Object] = {}
         self._root = _object_of(msgspec.inspect.type_info(body), objects) or _Object()
         for path, struct in (items or {}).items():
@@ -201,11 +214,11 @@ class Parameters(Generic[Body]):
         """Return a body as its struct, and the paths of unknown members.
 
         Raises:
-            InvalidRequestError: as :meth:`read`, :meth:`refuse` and :func:`cortex.dialects.openai_fields.decode`.
+            InvalidRequestError: as :meth:`read`, :meth:`refuse` and :func:`cortex.dialects.fields.decode`.
         """
         found = self.read(body)
         self.refuse(body, found)
-        return openai_fields.decode(body, self._body), found.unknown
+        return fields.decode(body, self.body), found.unknown
 
     def refuse(self, body: bytes, found: Peek) -> None:
         """Raise :class:`UnsupportedParameterError` for a refused member with a value that is not harmless."""

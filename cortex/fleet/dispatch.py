@@ -16,7 +16,7 @@ from typing import assert_never
 from cortex._fast.http_client import Response, StaleConnectionError
 from cortex._fast.peek import peek, splice
 from cortex.config import Config, ModelProfile, NodeType
-from cortex.dialects.passthrough import CHAT
+from cortex.dialects.registry import CHAT
 from cortex.errors import (
     ConnectError,
     ConnectionLostError,

@@ -18,7 +18,7 @@ import orjson
 
 from cortex._fast.peek import peek
 from cortex._fast.sse import SseDecoder, SseEventTooLarge, encode
-from cortex.dialects.passthrough import responses_failure
+from cortex.dialects.responses.spec import responses_failure
 from cortex.errors import GatewayStoppedError, NotAnAnswerError, TooLongAnswerError
 from cortex.store.conversation import Conversations, PendingResponse
 from cortex.store.interface import StoredResponse

@@ -5,8 +5,6 @@ no node answers (``generate: false``) ends here, and one in the background is se
 streams are the caller's.
 """
 
-import secrets
-import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
@@ -18,8 +16,11 @@ from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import SseDecoder
 from cortex.access.authenticator import Authenticator, Reservation
 from cortex.access.keys import Principal
-from cortex.dialects import openai_compaction, openai_responses
-from cortex.dialects.passthrough import COMPACT, NO_CONTEXT, RESPONSES, Dialect, ResponseContext
+from cortex.dialects.dialect import Dialect
+from cortex.dialects.registry import COMPACT, RESPONSES
+from cortex.dialects.responses import compaction
+from cortex.dialects.responses import request as responses_request
+from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
 from cortex.event_stream import stream
 from cortex.http_io import Exchange, Header
 from cortex.responses.background import Background
@@ -82,7 +83,7 @@ class _Compaction(PreparedResponse):
     has_after = True
 
     def __init__(self, body: bytes) -> None:
-        self._compaction = openai_compaction.Compaction(body)
+        self._compaction = compaction.Compaction(body)
         super().__init__(self._compaction.question())
 
     async def after(self, answer: bytes) -> bytes:
@@ -147,9 +148,7 @@ class _Response(PreparedResponse):
 
     def _local_stream(self) -> ResponsesStream:
         """Return an encoder for a response that no node makes. Raises :class:`InvalidRequestError`."""
-        call = openai_responses.decode(self.body)
-        id = self.context.id or f"resp_{secrets.token_hex(24)}"
-        return ResponsesStream(id, self._request.name, int(time.time()), call.echoed(self.context))
+        return responses_request.decode(self.body).encoder(self._request.name, context=self.context)
 
 
 class ResponsesHook:
@@ -169,7 +168,7 @@ class ResponsesHook:
         origin = request.exchange.origin
         try:
             if request.dialect is not RESPONSES:
-                body = openai_compaction.with_input(request.body)
+                body = compaction.with_input(request.body)
                 body = (await owned.begin(body, request.found, keeps=False)).body
                 return _Compaction(body) if request.dialect is COMPACT else PreparedResponse(body)
             history = origin.history if isinstance(origin, SocketRequest) else None

@@ -17,7 +17,7 @@ import orjson
 
 from cortex._fast.sse import SseDecoder
 from cortex.dialects.openai_errors import error_object
-from cortex.dialects.passthrough import RESPONSES
+from cortex.dialects.registry import RESPONSES
 from cortex.http_io import AsgiExchange, Exchange, Receive, Scope, Send
 from cortex.responses.socket_memory import ConnectionHistory
 from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, OverloadedError

@@ -17,7 +17,7 @@ import orjson
 
 from cortex._fast.peek import Peek, PeekTypeError, peek
 from cortex._fast.sse import SseDecoder
-from cortex.dialects.passthrough import NO_CONTEXT, ResponseContext
+from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
 from cortex.errors import NotAnAnswerError, ResponseNotFoundError, StoreFullError, StoreUnavailableError
 from cortex.store import items
 from cortex.store.chains import (

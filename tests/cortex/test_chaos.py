@@ -11,7 +11,7 @@ from fake_node import FakeNode, Line, Received
 from gateway_rig import Rig, rig
 
 from cortex.config import BreakerSettings
-from cortex.dialects.passthrough import COMMENT
+from cortex.dialects.dialect import COMMENT
 
 NUM_STREAMS = 80
 AT_ONCE = 16

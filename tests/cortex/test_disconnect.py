@@ -10,7 +10,8 @@ from fake_node import FakeNode, Line, Received, answer
 from gateway_rig import rig, until
 
 from cortex.config import ModelProfile
-from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES, Dialect
+from cortex.dialects.dialect import Dialect
+from cortex.dialects.registry import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
 
 BOUND_S = 1.0
 ASKED = CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS

@@ -14,7 +14,7 @@ from gateway_rig import rig, until
 
 from cortex import logs, request_log
 from cortex._fast.record import Record
-from cortex.dialects.passthrough import Usage
+from cortex.dialects.usage import Usage
 from cortex.logs import JsonFormatter, LogFormat, TextFormatter
 from cortex.metrics import FleetSample, Metrics
 from cortex.request_log import RequestLog

@@ -18,7 +18,7 @@ import pydantic
 import pytest
 import websockets
 
-from cortex.dialects.passthrough import responses_failure
+from cortex.dialects.responses.spec import responses_failure
 from cortex.wire.errors import ApiError
 
 RESPONSE = pydantic.TypeAdapter(spec.ResponseResource)

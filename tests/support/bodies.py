@@ -9,17 +9,20 @@ from typing import Any
 import msgspec
 import orjson
 
-from cortex.dialects import anthropic_messages, openai_chat, openai_completions, openai_responses
-from cortex.dialects.openai_sealed import seal
+from cortex.dialects.chat import request as chat_request
+from cortex.dialects.completions import request as completions_request
+from cortex.dialects.messages import request as messages_request
+from cortex.dialects.responses import request as responses_request
+from cortex.dialects.responses.sealed import seal
 from cortex.dialects.translate import chat_body
 from cortex.wire.errors import ApiError
 from cortex.wire.request import FormatKind
 
 DECODERS: dict[str, Callable[[bytes], Any]] = {
-    "chat": openai_chat.decode,
-    "responses": openai_responses.decode,
-    "messages": anthropic_messages.decode,
-    "completions": openai_completions.decode,
+    "chat": chat_request.decode,
+    "responses": responses_request.decode,
+    "messages": messages_request.decode,
+    "completions": completions_request.decode,
 }
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
 IMAGE = "data:image/png;base64,AAAA"
@@ -117,7 +120,7 @@ def check(dialect: str, body: bytes) -> None:
     if dialect == "responses":
         orjson.loads(call.echo)
     if dialect != "completions" and call.request.output_format.kind is not FormatKind.JSON_SCHEMA:
-        openai_chat.decode(chat_body(call.request, stream=True))
+        chat_request.decode(chat_body(call.request, stream=True))
 
 
 def mutated(chance: random.Random) -> tuple[str, bytes]:

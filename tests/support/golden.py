@@ -16,7 +16,6 @@ from scenarios import play
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
-from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.wire.errors import ApiError
 from cortex.wire.events import Failed, InferenceEvent
 from cortex.wire.request import InferenceRequest, Message, Role, Tool, ToolChoice, ToolMode
@@ -42,7 +41,8 @@ def events_of(scenario: str) -> list[InferenceEvent]:
 
 
 def chat_stream(scenario: str) -> ChatStream:
-    return ChatStream("chatcmpl-1", "m", 1, num_choices=3 if scenario == "choices" else 1, include_usage=True)
+    num_choices = 3 if scenario == "choices" else 1
+    return ChatStream("chatcmpl-1", "m", 1, num_choices, include_usage=True, keeps=True)
 
 
 def messages_stream(scenario: str) -> MessagesStream:
@@ -55,23 +55,18 @@ def responses_stream(scenario: str) -> ResponsesStream:
 
 
 def _chat(scenario: str, events: list[InferenceEvent]) -> tuple[bytes, Callable[[], bytes]]:
-    reply = ChatReply("chatcmpl-1", "m", 1, 3 if scenario == "choices" else 1)
-
-    def whole() -> bytes:
-        reply.add(events)
-        return reply.body()
-
-    return chat_stream(scenario).sse_events(events), whole
+    stream = chat_stream(scenario)
+    return stream.sse_events(events), stream.whole
 
 
 def _messages(scenario: str, events: list[InferenceEvent]) -> tuple[bytes, Callable[[], bytes]]:
     stream = messages_stream(scenario)
-    return stream.sse_events(events), stream.message
+    return stream.sse_events(events), stream.whole
 
 
 def _responses(scenario: str, events: list[InferenceEvent]) -> tuple[bytes, Callable[[], bytes]]:
     stream = responses_stream(scenario)
-    return stream.sse_events(events), stream.response
+    return stream.sse_events(events), stream.whole
 
 
 DIALECTS = {"chat": _chat, "messages": _messages, "responses": _responses}

@@ -12,15 +12,7 @@ from answers import CHAT_ANSWER, CHAT_STREAM, MESSAGES_ANSWER, MESSAGES_STREAM, 
 from cortex._fast.http_client import Connection
 from cortex._fast.record import Record
 from cortex._fast.sse import SseEventTooLarge
-from cortex.dialects.passthrough import (
-    CHAT,
-    COMPLETIONS,
-    COUNT_TOKENS,
-    EMBEDDINGS,
-    INPUT_TOKENS,
-    MESSAGES,
-    RESPONSES,
-)
+from cortex.dialects.registry import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, INPUT_TOKENS, MESSAGES, RESPONSES
 from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import to_chat
 from cortex.fleet.refusals import find_error, read_error, wrong_head

@@ -17,8 +17,7 @@ import uvloop
 from scenarios import count_up, play
 from scripted_model import GIB, ScriptedHarness, ScriptedWorker
 
-import neuron.node_api
-from cortex.dialects.passthrough import CHAT, COMPACT, COMPLETIONS, COUNT_TOKENS, INPUT_TOKENS, MESSAGES, RESPONSES
+from cortex.dialects import registry
 from cortex.wire.node import LoadRequest
 from neuron.api import Api
 from neuron.config import Config, DaemonSettings
@@ -29,12 +28,9 @@ QUICK = {
 }  # fmt: skip
 
 
-def serve_only(api: Api, dialects: Sequence[str]) -> None:
-    """Take away the routes of all other dialects, and their names from ``/discovery``."""
-    for dialect in (CHAT, COMPLETIONS, RESPONSES, COMPACT, INPUT_TOKENS, MESSAGES, COUNT_TOKENS):
-        if dialect.name not in dialects:
-            del api._routes[dialect.path]
-    neuron.node_api.DIALECTS = tuple(dialects)
+def serve_only(dialects: Sequence[str]) -> None:
+    """Take all other dialects off the list."""
+    registry.DIALECTS = tuple(dialect for dialect in registry.DIALECTS if dialect.name in dialects)
 
 
 async def run(port: int, name: str, devices: dict[str, float], dialects: Sequence[str] = ()) -> None:
@@ -51,10 +47,9 @@ async def run(port: int, name: str, devices: dict[str, float], dialects: Sequenc
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, service.stop)
     loading = None if devices else asyncio.ensure_future(service.load(LoadRequest(id="m", source="/")))
-    api = Api(service)
     if dialects:
-        serve_only(api, dialects)
-    await service.run(api)
+        serve_only(dialects)
+    await service.run(Api(service))
     if loading is not None:
         await loading
 

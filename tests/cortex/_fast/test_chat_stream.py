@@ -15,8 +15,7 @@ from pydantic import TypeAdapter
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.sse import SseDecoder
 from cortex._fast.usage_scanner import UsageScanner
-from cortex.dialects.openai_chat_reply import ChatReply
-from cortex.wire.errors import ErrorInfo
+from cortex.wire.errors import ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
     Failed,
     Finished,
@@ -281,13 +280,12 @@ def test_the_stream_equals_the_reply(deltas: list[InferenceEvent], reason: Finis
     calls = [ToolCallDelta(0, f"call_{c}", "tool", "", c) for c in range(2)]
     ends = [Finished(reason, 3 + c, c, choice=c) for c in range(2)]
     events: list[InferenceEvent] = [Started(11, 2), *calls, *deltas, *ends]
-    chat, reply = stream(num_choices=2, include_usage=True), ChatReply("chatcmpl-1", "m", 1, 2)
+    chat = stream(num_choices=2, include_usage=True, keeps=True)
     sse_events = b""
     for i in range(0, len(events), batch):
         sse_events += chat.sse_events(events[i : i + batch])
-        reply.add(events[i : i + batch])
     *chunks, last, done = payloads(sse_events)
-    body = reply.body()
+    body = chat.whole()
     COMPLETION.validate_json(body, strict=True)
     assert accumulate(chunks, 2) == replied(body)
     assert last["usage"] == orjson.loads(body)["usage"]
@@ -343,7 +341,7 @@ def test_the_sdk_raises_on_a_failure() -> None:
 
 
 def test_a_custom_tools_call_has_an_input_in_one_piece() -> None:
-    chat = ChatStream("chatcmpl-1", "m", 1700000000, custom_tools=frozenset({"patch"}))
+    chat = ChatStream("chatcmpl-1", "m", 1700000000, custom_tools=frozenset({"patch"}), keeps=True)
     events = [
         Started(1),
         ToolCallDelta(0, "a", "patch", '{"inp'),
@@ -363,8 +361,34 @@ def test_a_custom_tools_call_has_an_input_in_one_piece() -> None:
         {"index": 0, "custom": {"input": 'x"y'}},
         {"index": 2, "custom": {"input": "not what was asked for"}},
     ]
-    reply = ChatReply("chatcmpl-1", "m", 1700000000, custom_tools=frozenset({"patch"}))
-    reply.add(events)
-    calls = orjson.loads(reply.body())["choices"][0]["message"]["tool_calls"]
+    calls = orjson.loads(chat.whole())["choices"][0]["message"]["tool_calls"]
     assert calls[0] == {"id": "a", "type": "custom", "custom": {"name": "patch", "input": 'x"y'}}
     assert calls[1]["type"] == "function"
+
+
+def test_a_completion_without_text_has_null_content_if_it_has_calls() -> None:
+    chat = stream(keeps=True)
+    chat.sse_events([Started(1), ToolCallDelta(0, "i", "n", "{}"), Finished(FinishReason.TOOL_CALLS, 1)])
+    assert orjson.loads(chat.whole())["choices"][0]["message"]["content"] is None
+    chat = stream(keeps=True)
+    chat.sse_events([Started(1), Finished(FinishReason.STOP, 1)])
+    assert orjson.loads(chat.whole())["choices"][0]["message"]["content"] == ""
+
+
+def test_a_completion_needs_an_end() -> None:
+    chat = stream(num_choices=2, keeps=True)
+    chat.sse_events([Started(1), TextDelta("a"), Finished(FinishReason.STOP, 1)])
+    with pytest.raises(UpstreamError, match="not complete"):
+        chat.whole()
+    error = ErrorInfo(502, "worker_lost", "the worker died", retry_after_s=2.0)
+    chat.sse_events([Failed(error)])
+    with pytest.raises(RemoteError) as failed:
+        chat.whole()
+    assert failed.value.info() == error
+
+
+def test_a_stream_keeps_nothing_for_a_completion() -> None:
+    chat = stream()
+    chat.sse_events([Started(1), Finished(FinishReason.STOP, 1)])
+    with pytest.raises(ValueError, match="keep"):
+        chat.whole()

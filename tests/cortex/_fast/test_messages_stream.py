@@ -148,7 +148,7 @@ def test_arguments_are_byte_exact() -> None:
 def test_why_it_ended(end: Finished, reason: str, sequence: str | None) -> None:
     sse_events = stream()
     delta = payloads(sse_events.sse_events([Started(1), TextDelta("a"), end]))[-2]["delta"]
-    message = MESSAGE.validate_json(sse_events.message(), strict=True)
+    message = MESSAGE.validate_json(sse_events.whole(), strict=True)
     assert (delta["stop_reason"], delta["stop_sequence"]) == (reason, sequence)
     assert (message.stop_reason, message.stop_sequence) == (reason, sequence)
 
@@ -156,7 +156,7 @@ def test_why_it_ended(end: Finished, reason: str, sequence: str | None) -> None:
 def test_the_sdk_assembles_the_stream_into_the_message() -> None:
     sse_events = stream()
     streamed = as_the_sdk_reads(sse_events.sse_events(STORY))
-    whole = MESSAGE.validate_json(sse_events.message(), strict=True)
+    whole = MESSAGE.validate_json(sse_events.whole(), strict=True)
     assert streamed.to_dict() == whole.to_dict()
 
 
@@ -200,8 +200,8 @@ def test_any_story_in_any_batches(events: list[InferenceEvent], sizes: list[int]
     sse_events = at_once.sse_events(events)
     payloads(sse_events)
     assert b"".join(in_batches.sse_events(batch) for batch in batches(events, sizes)) == sse_events
-    assert in_batches.message() == at_once.message()
-    streamed, whole = as_the_sdk_reads(sse_events), MESSAGE.validate_json(at_once.message(), strict=True)
+    assert in_batches.whole() == at_once.whole()
+    streamed, whole = as_the_sdk_reads(sse_events), MESSAGE.validate_json(at_once.whole(), strict=True)
     assert streamed.to_dict() == whole.to_dict()
 
 
@@ -218,7 +218,7 @@ def test_a_failure_in_the_middle_reaches_the_sdk() -> None:
     with pytest.raises(anthropic.APIStatusError, match="died"):
         as_the_sdk_reads(sent)
     with pytest.raises(RemoteError, match="died"):
-        sse_events.message()
+        sse_events.whole()
 
 
 def test_the_start_is_made_up_and_the_end_is_final() -> None:
@@ -226,20 +226,20 @@ def test_the_start_is_made_up_and_the_end_is_final() -> None:
     assert payloads(sse_events.sse_events([TextDelta("a")]))[0]["type"] == "message_start"
     assert sse_events.sse_events([Finished(FinishReason.STOP, 1)])
     assert sse_events.sse_events([TextDelta("b"), Failed(ErrorInfo(500, "c", "m"))]) == b""
-    assert orjson.loads(sse_events.message())["content"] == [{"type": "text", "text": "a"}]
+    assert orjson.loads(sse_events.whole())["content"] == [{"type": "text", "text": "a"}]
 
 
 def test_an_answer_without_an_end_is_an_error() -> None:
     sse_events = stream()
     sse_events.sse_events([Started(1), TextDelta("a")])
     with pytest.raises(UpstreamError, match="not complete"):
-        sse_events.message()
+        sse_events.whole()
 
 
 def test_arguments_that_the_limit_cut_are_an_empty_object() -> None:
     sse_events = stream()
     sse_events.sse_events([Started(1), ToolCallDelta(0, "t", "f", '{"a": '), Finished(FinishReason.LENGTH, 3)])
-    assert MESSAGE.validate_json(sse_events.message(), strict=True).content[0].to_dict()["input"] == {}
+    assert MESSAGE.validate_json(sse_events.whole(), strict=True).content[0].to_dict()["input"] == {}
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_interleaved_calls_are_streamed_one_after_another() -> None:
     for end in ([TextDelta("after")], []):
         sse_events = stream()
         streamed = sse_events.sse_events([*pieces, *end, Finished(FinishReason.TOOL_CALLS, 1)])
-        content = orjson.loads(sse_events.message())["content"]
+        content = orjson.loads(sse_events.whole())["content"]
         assert [block["input"] for block in content[:3]] == [{"a": 1}, {"b": 2}, {}]
         events = [orjson.loads(sse_event.data) for sse_event in SseDecoder().feed(streamed)]
         contents: list[str] = []

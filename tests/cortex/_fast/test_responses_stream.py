@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import SseDecoder
 from cortex._fast.usage_scanner import UsageScanner
-from cortex.dialects.openai_sealed import unseal
+from cortex.dialects.responses.sealed import unseal
 from cortex.wire.errors import ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
     Failed,
@@ -215,7 +215,7 @@ def test_a_custom_call_has_an_input() -> None:
 def test_a_custom_call_that_is_not_in_form_loses_nothing(arguments: str) -> None:
     projector = stream(custom_tools=frozenset({"patch"}))
     projector.sse_events([ToolCallDelta(0, "a", "patch", arguments), Finished(FinishReason.LENGTH, 5)])
-    content = orjson.loads(projector.response())["output"][0]["input"]
+    content = orjson.loads(projector.whole())["output"][0]["input"]
     assert content == arguments.replace("\ud800", content[:1])
 
 
@@ -308,7 +308,7 @@ def test_a_failure_is_reported_twice() -> None:
     assert failed["response"]["output"][0]["content"][0]["text"] == "a"
     assert projector.finished
     with pytest.raises(RemoteError) as remote:
-        projector.response()
+        projector.whole()
     assert remote.value.info() == ERROR
     refused = ErrorInfo(400, "invalid_value", "no", param="input")
     assert payloads(stream().sse_events([Failed(refused)]))[-2]["param"] == "input"
@@ -379,7 +379,7 @@ def test_the_response_needs_an_end() -> None:
     projector = stream()
     projector.sse_events([Started(1), TextDelta("a")])
     with pytest.raises(UpstreamError, match="not complete"):
-        projector.response()
+        projector.whole()
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_a_stream_is_consistent(
         content = "".join(part["text"] for part in parts if part["type"] in kinds)
         assert content == "".join(e.text for e in events if isinstance(e, event))
     if isinstance(end, Finished):
-        assert orjson.loads(projector.response()) == response
+        assert orjson.loads(projector.whole()) == response
     scanner = UsageScanner()
     assert scanner.feed(sse_events) == sse_events
     assert scanner.num_token_events == sum(event["type"] in DELTAS for event in streamed)

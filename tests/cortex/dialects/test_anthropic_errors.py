@@ -7,7 +7,7 @@ import pytest
 from anthropic.types import ErrorResponse
 from pydantic import TypeAdapter
 
-from cortex.dialects.anthropic_errors import error_body, error_status
+from cortex.dialects.messages.errors import error_body, error_status
 from cortex.wire import errors
 from cortex.wire.errors import ContextLengthError, ErrorInfo, RemoteError
 

@@ -6,7 +6,8 @@ from typing import Any
 import orjson
 import pytest
 
-from cortex.dialects import anthropic_errors, anthropic_messages
+from cortex.dialects.messages import errors as anthropic_errors
+from cortex.dialects.messages import request as messages_request
 from cortex.wire.errors import ApiError
 from cortex.wire.request import (
     FormatKind,
@@ -27,7 +28,7 @@ BILLING = "x-anthropic-billing-header: cc_version=2.1.181; cc_entrypoint=cli; cc
 
 
 def decode(**body: Any) -> InferenceRequest:
-    return anthropic_messages.decode(orjson.dumps({"model": "m", "max_tokens": 9, "messages": [HI]} | body)).request
+    return messages_request.decode(orjson.dumps({"model": "m", "max_tokens": 9, "messages": [HI]} | body)).request
 
 
 def converted(*messages: dict[str, Any]) -> tuple[Message, ...]:
@@ -48,7 +49,7 @@ def user(*blocks: dict[str, Any]) -> tuple[Message, ...]:
 def refused(body: bytes | dict[str, Any]) -> ApiError:
     whole = body if isinstance(body, bytes) else orjson.dumps({"model": "m", "max_tokens": 9, "messages": [HI]} | body)
     with pytest.raises(ApiError) as caught:
-        anthropic_messages.decode(whole)
+        messages_request.decode(whole)
     return caught.value
 
 
@@ -57,7 +58,7 @@ def text(content: str, **more: Any) -> dict[str, Any]:
 
 
 def test_a_plain_request() -> None:
-    call = anthropic_messages.decode(b'{"model":"m","max_tokens":9,"messages":[{"role":"user","content":"hi"}]}')
+    call = messages_request.decode(b'{"model":"m","max_tokens":9,"messages":[{"role":"user","content":"hi"}]}')
     assert not call.stream
     assert call.request == InferenceRequest("m", (Message(Role.USER, "hi"),), max_tokens=9, thinking=False)
 
@@ -113,7 +114,7 @@ def test_as_claude_code_sends_it() -> None:
         "betas": ["x"],
         "something_new": {"a": [1]},
     }
-    call = anthropic_messages.decode(orjson.dumps(body))
+    call = messages_request.decode(orjson.dumps(body))
     assert call.stream
     assert call.request.messages == (
         Message(Role.SYSTEM, "You are an agent."),
@@ -365,8 +366,8 @@ def test_a_wrong_block_is_named(block: dict[str, Any], code: str, param: str) ->
 # ------------------------------------------------------------------ tools that clients run
 
 
-def called(**body: Any) -> anthropic_messages.MessagesCall:
-    return anthropic_messages.decode(orjson.dumps({"model": "m", "max_tokens": 9, "messages": [HI]} | body))
+def called(**body: Any) -> messages_request.MessagesCall:
+    return messages_request.decode(orjson.dumps({"model": "m", "max_tokens": 9, "messages": [HI]} | body))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 import pytest
 
-from cortex.dialects.openai_compaction import SUMMARY_TOKENS, Compaction
+from cortex.dialects.responses.compaction import SUMMARY_TOKENS, Compaction
 from cortex.wire.errors import InvalidTypeError, UpstreamError
 
 MESSAGE = {"type": "message", "role": "user", "content": "We launch on Tuesday."}

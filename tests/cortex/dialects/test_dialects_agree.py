@@ -10,7 +10,7 @@ from bodies import DECODERS, IMAGE, SCHEMA, WHOLE, check
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cortex.dialects.openai_sealed import seal
+from cortex.dialects.responses.sealed import seal
 from cortex.wire.request import ImagePart, InferenceRequest, Message, Role
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda text: text.strip())

@@ -51,5 +51,5 @@ def test_a_chat_is_translated_into_it_however_it_is_cut(dialect: str, scenario: 
     if scenario != "fail":
         # The kept transcript, but for the counts, which a chat has at its end.
         kept = (golden.FOLDER / f"{dialect}-{scenario}.txt").read_bytes().partition(b"----\n")[2]
-        answer = whole.message() if dialect == "messages" else whole.response()  # type: ignore[union-attr]
+        answer = whole.whole()
         assert golden.timeless(golden.msgspec.json.format(answer, indent=1)) + b"\n" == kept

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cortex.dialects import openai_chat
+from cortex.dialects.chat import request as chat_request
 from cortex.wire.errors import ApiError
 from cortex.wire.request import (
     FormatKind,
@@ -24,8 +24,8 @@ HELLO = [{"role": "user", "content": "hello"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
-def decode(**body: Any) -> openai_chat.ChatCall:
-    return openai_chat.decode(orjson.dumps({"model": "m", "messages": HELLO} | body))
+def decode(**body: Any) -> chat_request.ChatCall:
+    return chat_request.decode(orjson.dumps({"model": "m", "messages": HELLO} | body))
 
 
 def test_a_plain_body_leaves_the_rest_to_the_model() -> None:
@@ -263,13 +263,13 @@ def test_a_wrong_field_is_named(body: dict[str, Any], status: int, code: str, pa
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"text"', b"\xff", b'{"model": "m"', b"{}x"])
 def test_what_is_not_a_json_object(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        openai_chat.decode(body)
+        chat_request.decode(body)
     assert caught.value.status == 400
 
 
 def test_nan_is_not_a_temperature() -> None:
     with pytest.raises(ApiError):
-        openai_chat.decode(b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}')
+        chat_request.decode(b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}')
 
 
 JSON = st.recursive(
@@ -277,7 +277,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-FIELDS = st.sampled_from(["model", "stream", *(f.name for f in msgspec.structs.fields(openai_chat.ChatBody))])
+FIELDS = st.sampled_from(["model", "stream", *(f.name for f in msgspec.structs.fields(chat_request.ChatBody))])
 
 
 @given(st.dictionaries(FIELDS, JSON, max_size=5))
@@ -285,7 +285,7 @@ def test_any_values_decode_or_are_refused(fields: dict[str, Any]) -> None:
     import json
 
     try:
-        openai_chat.decode(json.dumps({"model": "m", "messages": HELLO} | fields).encode("utf-8", "surrogatepass"))
+        chat_request.decode(json.dumps({"model": "m", "messages": HELLO} | fields).encode("utf-8", "surrogatepass"))
     except ApiError as error:
         assert 400 <= error.status < 500
 

@@ -9,8 +9,9 @@ from pydantic import TypeAdapter
 
 from cortex._fast.sse import SseDecoder
 from cortex._fast.usage_scanner import UsageScanner
-from cortex.dialects import openai_completion_reply, openai_completions
-from cortex.dialects.openai_completion_reply import Completion
+from cortex.dialects.completions import encoder
+from cortex.dialects.completions import request as completions_request
+from cortex.dialects.completions.encoder import Completion
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
     Failed,
@@ -42,8 +43,8 @@ def completion(**options: Any) -> Completion:
     return Completion("cmpl-1", "m", 1, 2, **options)
 
 
-def decode(**body: Any) -> openai_completions.CompletionCall:
-    return openai_completions.decode(orjson.dumps({"model": "m", "prompt": "hi"} | body))
+def decode(**body: Any) -> completions_request.CompletionCall:
+    return completions_request.decode(orjson.dumps({"model": "m", "prompt": "hi"} | body))
 
 
 @pytest.mark.parametrize("prompt", ["hi", ["hi"]])
@@ -52,7 +53,7 @@ def test_a_prompt(prompt: Any) -> None:
     call = decode(prompt=prompt, n=2, stop="x", stream=True, stream_options={"include_usage": True}, max_tokens=5)
     (request,) = call.requests
     assert (call.stream, call.include_usage, request.stop) == (True, True, ("x",))
-    assert (request.num_choices, request.max_tokens, call.num_choices, call.scores) == (2, 5, 2, False)
+    assert (request.num_choices, request.max_tokens, call.num_choices, request.top_logprobs) == (2, 5, 2, None)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +75,8 @@ def test_several_prompts_and_token_ids(prompt: Any, prompts: list[Any]) -> None:
 def test_echo_scores_and_suffix() -> None:
     (request,) = decode(echo=True, logprobs=0, max_tokens=0, suffix="behind").requests
     assert (request.echo, request.top_logprobs, request.max_tokens, request.suffix) == (True, 0, 0, "behind")
-    assert decode(logprobs=5).scores
-    assert not decode(logprobs=False).scores
+    assert decode(logprobs=5).request.top_logprobs == 5
+    assert decode(logprobs=False).request.top_logprobs is None
 
 
 @pytest.mark.parametrize(
@@ -109,8 +110,8 @@ def test_streamed_and_whole_are_equal() -> None:
     made, gathered, scanner = completion(include_usage=True, report_usage=True), completion(), UsageScanner()
     sse_events = b"".join(made.sse_events([event]) for event in STORY)
     assert completion(include_usage=True, report_usage=True).sse_events(STORY) == sse_events
-    gathered.add(STORY)
-    whole = SDK.validate_json(gathered.body(), strict=True)
+    gathered.sse_events(STORY)
+    whole = SDK.validate_json(gathered.whole(), strict=True)
     *data, done = [sse_event.data for sse_event in SseDecoder().feed(sse_events)]
     assert done == b"[DONE]"
     # A finish_reason of null is what the service sends and its SDK's type forbids.
@@ -139,9 +140,11 @@ def test_failures() -> None:
     sent = made.sse_events([Started(1), TextDelta("a"), error, TextDelta("b")])
     assert orjson.loads(sent.strip().split(b"data: ")[-1])["error"]["code"] == "worker_lost"
     with pytest.raises(RemoteError, match="gone"):
-        completion().add([error])
+        made.whole()
+    made = completion()
+    made.sse_events([Started(1), TextDelta("a")])
     with pytest.raises(UpstreamError, match="not complete"):
-        made.body()
+        made.whole()
 
 
 def scored(utf8: bytes, logprob: float, **top: float) -> TokenLogprob:
@@ -161,8 +164,8 @@ SCORED: list[InferenceEvent] = [
 
 def test_log_probabilities_of_prompt_and_answer() -> None:
     made = Completion("cmpl-1", "m", 1, scores=True)
-    made.add(SCORED)
-    (choice,) = orjson.loads(made.body())["choices"]  # the SDK's types know no null, which OpenAI itself sends
+    made.sse_events(SCORED)
+    (choice,) = orjson.loads(made.whole())["choices"]  # the SDK's types know no null, which OpenAI itself sends
     assert choice["text"] == "é!so"
     found = choice["logprobs"]
     # A token that is no text has a name of its own; a beginning that is not in the text has no place in it.
@@ -178,13 +181,13 @@ def test_log_probabilities_of_prompt_and_answer() -> None:
 def test_streamed_log_probabilities_are_the_same() -> None:
     made, whole = Completion("cmpl-1", "m", 1, scores=True), Completion("cmpl-1", "m", 1, scores=True)
     sse_events = b"".join(made.sse_events([event]) for event in SCORED)
-    whole.add(SCORED)
+    whole.sse_events(SCORED)
     lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for sse_event in SseDecoder().feed(sse_events)[:-1]:
         for choice in orjson.loads(sse_event.data)["choices"]:
             for name, values in (choice["logprobs"] or {}).items():
                 lists[name] += values
-    assert lists == orjson.loads(whole.body())["choices"][0]["logprobs"]
+    assert lists == orjson.loads(whole.whole())["choices"][0]["logprobs"]
 
 
 @pytest.mark.parametrize(
@@ -197,9 +200,11 @@ def test_streamed_log_probabilities_are_the_same() -> None:
 )
 def test_tokens_stand_where_their_text_does(text: str, first: bytes, second: bytes) -> None:
     made = Completion("cmpl-1", "m", 1, scores=True)
-    made.add([Started(2), PromptEcho(text, 0, (scored(first, 0.0),)), PromptEcho("", 0, (scored(second, -1.0),))])
-    made.add([Finished(FinishReason.LENGTH, 0)])
-    (choice,) = orjson.loads(made.body())["choices"]
+    made.sse_events(
+        [Started(2), PromptEcho(text, 0, (scored(first, 0.0),)), PromptEcho("", 0, (scored(second, -1.0),))]
+    )
+    made.sse_events([Finished(FinishReason.LENGTH, 0)])
+    (choice,) = orjson.loads(made.whole())["choices"]
     assert choice["text"] == text
     offsets = choice["logprobs"]["text_offset"]
     assert text[offsets[1] :] == second.decode()
@@ -208,19 +213,21 @@ def test_tokens_stand_where_their_text_does(text: str, first: bytes, second: byt
 
 
 def test_an_answer_has_only_so_many_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_completion_reply, "MAX_NUMBERS", 5)
+    monkeypatch.setattr(encoder, "MAX_NUMBERS", 5)
     made = Completion("cmpl-1", "m", 1, num_choices=2, scores=True)
     piece = (scored(b"a", -1.0, a=-1.0, b=-2.0),)
-    made.add([Started(2), PromptEcho("a", 0, piece)])
+    made.sse_events([Started(2), PromptEcho("a", 0, piece)])
     with pytest.raises(ApiError) as caught:
-        made.add([PromptEcho("a", 1, piece)])
+        made.sse_events([PromptEcho("a", 1, piece)])
     assert (caught.value.status, caught.value.param) == (400, "logprobs")
 
 
 def test_usage_is_of_all_prompts() -> None:
     made = completion()
-    made.add([Started(3, 1), Started(5, 2), Finished(FinishReason.STOP, 1), Finished(FinishReason.STOP, 2, choice=1)])
-    usage = orjson.loads(made.body())["usage"]
+    made.sse_events(
+        [Started(3, 1), Started(5, 2), Finished(FinishReason.STOP, 1), Finished(FinishReason.STOP, 2, choice=1)]
+    )
+    usage = orjson.loads(made.whole())["usage"]
     assert usage == {
         "prompt_tokens": 8, "completion_tokens": 3, "total_tokens": 11, "prompt_tokens_details": {"cached_tokens": 3}
     }  # fmt: skip

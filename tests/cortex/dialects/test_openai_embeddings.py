@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from cortex.dialects import openai_embeddings
+from cortex.dialects.embeddings import request as embeddings_request
 from cortex.wire.errors import InvalidRequestError
 
 
-def decode(**fields: Any) -> openai_embeddings.EmbeddingCall:
-    return openai_embeddings.decode(json.dumps({"model": "m", **fields}).encode())
+def decode(**fields: Any) -> embeddings_request.EmbeddingCall:
+    return embeddings_request.decode(json.dumps({"model": "m", **fields}).encode())
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_refusals_name_the_parameter(fields: dict[str, Any], param: str) -> None
 
 def test_a_reply_in_both_formats() -> None:
     vectors = [array.array("f", [0.6, -0.8]).tobytes(), array.array("f", [1.0, 0.0]).tobytes()]
-    plain = json.loads(openai_embeddings.reply("m", vectors, 7, is_base64=False))
+    plain = json.loads(decode(input="a").answer(vectors, 7, "m"))
     assert plain["data"][0]["embedding"] == pytest.approx([0.6, -0.8])
     assert plain["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
-    packed = json.loads(openai_embeddings.reply("m", vectors, 7, is_base64=True))
+    packed = json.loads(decode(input="a", encoding_format="base64").answer(vectors, 7, "m"))
     assert [base64.b64decode(row["embedding"]) for row in packed["data"]] == vectors
     assert [row["index"] for row in packed["data"]] == [0, 1]

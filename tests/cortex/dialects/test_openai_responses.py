@@ -5,15 +5,16 @@ from typing import Any
 import orjson
 import pytest
 
-from cortex.dialects import openai_chat, openai_responses
-from cortex.dialects.openai_sealed import seal
+from cortex.dialects.chat import request as chat_request
+from cortex.dialects.responses import request as responses_request
+from cortex.dialects.responses.sealed import seal
 from cortex.dialects.translate import chat_body
 from cortex.wire.errors import ApiError
 from cortex.wire.request import FormatKind, ImagePart, Message, Role, TextPart, ToolCall, ToolMode
 
 
-def decode(**body: Any) -> openai_responses.ResponsesCall:
-    return openai_responses.decode(orjson.dumps({"model": "m", "input": "hello"} | body))
+def decode(**body: Any) -> responses_request.ResponsesCall:
+    return responses_request.decode(orjson.dumps({"model": "m", "input": "hello"} | body))
 
 
 def messages(**body: Any) -> tuple[Message, ...]:
@@ -253,7 +254,7 @@ def test_formats_reasoning_and_echo() -> None:
 
 def test_the_same_conversation_is_the_same_request_in_either_dialect() -> None:
     tool = {"name": "f", "description": "d", "parameters": {"type": "object"}}
-    chat = openai_chat.decode(
+    chat = chat_request.decode(
         orjson.dumps(
             {
                 "model": "m",
@@ -326,7 +327,7 @@ def test_hosted_tools_are_named_and_not_offered() -> None:
         "tools": [{"type": "image_generation"}, {"type": "function", "name": "g"}],
     }
     body = {"model": "m", "input": "a", "tools": [*hosted, {"type": "function", "name": "f"}, inner]}
-    call = openai_responses.decode(orjson.dumps(body))
+    call = responses_request.decode(orjson.dumps(body))
     assert [tool.name for tool in call.request.tools] == ["f", "n__g"]
     named = ("tools[0].type=web_search", "tools[1].type=mcp", "tools[3].tools[0].type=image_generation")
     assert call.ignored == named
@@ -340,7 +341,7 @@ def test_a_message_of_many_calls_and_thoughts_is_read_in_one_pass() -> None:
     ]
     thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm. "}]}
     body = {"model": "m", "input": [*[thought] * 1_000, *calls], "tools": [namespace]}
-    (message,) = openai_responses.decode(orjson.dumps(body)).request.messages
+    (message,) = responses_request.decode(orjson.dumps(body)).request.messages
     assert len(message.tool_calls) == 18_000
     assert message.tool_calls[901].name == "n__g1"
     assert message.reasoning == "Hm. " * 1_000
@@ -355,10 +356,10 @@ def test_the_output_of_a_call_of_no_tool_here_has_a_call_before_it() -> None:
             {"type": "function_call_output", "call_id": "s", "output": "a.txt"},
         ],
     }
-    request = openai_responses.decode(orjson.dumps(body)).request
+    request = responses_request.decode(orjson.dumps(body)).request
     assert [(message.role, [call.name for call in message.tool_calls]) for message in request.messages] == [
         ("user", []),
         ("assistant", ["local_shell"]),
         ("tool", []),
     ]
-    assert len(openai_chat.decode(chat_body(request, stream=False)).request.messages) == 3
+    assert len(chat_request.decode(chat_body(request, stream=False)).request.messages) == 3

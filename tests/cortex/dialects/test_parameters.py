@@ -6,32 +6,28 @@ from typing import Any
 
 import pytest
 
-from cortex.dialects import (
-    anthropic_messages,
-    openai_chat,
-    openai_completions,
-    openai_embeddings,
-    openai_responses,
-)
+from cortex.dialects.dialect import Dialect
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, add_header, ignored_header
+from cortex.dialects.registry import CHAT, COMPLETIONS, DIALECTS, EMBEDDINGS, RESPONSES
+from cortex.dialects.registry import MESSAGES as MESSAGES_API
 from cortex.wire.errors import InvalidRequestError, TooDeepError, TooManyItemsError, UnsupportedParameterError
 from cortex.wire.headers import IGNORED
 from cortex.wire.request import Ending, FormatKind, InferenceRequest, OutputFormat
 
 MESSAGES = [{"role": "user", "content": "hi"}]
-BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "chat": (openai_chat, {"model": "m", "messages": MESSAGES}),
-    "completions": (openai_completions, {"model": "m", "prompt": "hi"}),
-    "responses": (openai_responses, {"model": "m", "input": "hi"}),
-    "messages": (anthropic_messages, {"model": "m", "max_tokens": 9, "messages": MESSAGES}),
+BODIES: dict[str, tuple[Dialect, dict[str, Any]]] = {
+    "chat": (CHAT, {"model": "m", "messages": MESSAGES}),
+    "completions": (COMPLETIONS, {"model": "m", "prompt": "hi"}),
+    "responses": (RESPONSES, {"model": "m", "input": "hi"}),
+    "messages": (MESSAGES_API, {"model": "m", "max_tokens": 9, "messages": MESSAGES}),
 }
 EVERY = pytest.mark.parametrize("dialect", BODIES)
 DOCUMENT = pathlib.Path(__file__).parents[3] / "docs" / "parameters.md"
 
 
 def decode(dialect: str, **more: Any) -> Any:
-    module, body = BODIES[dialect]
-    return module.decode(json.dumps(body | more).encode())
+    value, body = BODIES[dialect]
+    return value.decode(json.dumps(body | more).encode())
 
 
 def request(dialect: str, **more: Any) -> InferenceRequest:
@@ -155,8 +151,8 @@ def test_an_unknown_name_is_reported_with_its_path(dialect: str) -> None:
 )  # fmt: skip
 def test_names_in_typed_objects_are_looked_at_too(dialect: str, more: dict[str, Any], path: str) -> None:
     assert decode(dialect, **more).ignored == (path,)
-    module, _ = BODIES[dialect]
-    assert module.PARAMETERS.unknown(path).param == path
+    value, _ = BODIES[dialect]
+    assert value.parameters.unknown(path).param == path
 
 
 def test_free_form_values_are_not_validated() -> None:
@@ -168,9 +164,9 @@ def test_free_form_values_are_not_validated() -> None:
 
 def test_embeddings_have_a_table_of_their_own() -> None:
     body = {"model": "m", "input": "a", "user": "u", "encodng_format": "float"}
-    assert openai_embeddings.decode(json.dumps(body).encode()).ignored == ("encodng_format",)
+    assert EMBEDDINGS.decode(json.dumps(body).encode()).ignored == ("encodng_format",)
     with pytest.raises(UnsupportedParameterError, match="truncate_prompt_tokens"):
-        openai_embeddings.decode(json.dumps(body | {"truncate_prompt_tokens": 5}).encode())
+        EMBEDDINGS.decode(json.dumps(body | {"truncate_prompt_tokens": 5}).encode())
 
 
 @pytest.mark.parametrize(
@@ -184,7 +180,7 @@ def test_embeddings_have_a_table_of_their_own() -> None:
     ],
 )
 def test_a_refusal_suggests_the_closest_name(path: str, meant: str) -> None:
-    error = openai_chat.PARAMETERS.unknown(path)
+    error = CHAT.parameters.unknown(path)
     assert (error.status, error.code, error.param) == (400, "unknown_parameter", path)
     assert error.message.endswith(meant)
 
@@ -242,11 +238,11 @@ def test_more_than_is_read_is_refused_by_name(dialect: str, more: dict[str, Any]
     [("chat", "metadata"), ("completions", "vllm_xargs"), ("responses", "metadata"), ("messages", "tools")],
 )
 def test_values_too_deep_to_re_encode_are_refused_with_their_place(dialect: str, name: str) -> None:
-    module, body = BODIES[dialect]
+    value, body = BODIES[dialect]
     for levels in (201, 300, 1000, 5000):
         text = json.dumps(body)[:-1] + f', "{name}": ' + "[" * levels + "]" * levels + "}"
         with pytest.raises(TooDeepError) as caught:
-            module.decode(text.encode())
+            value.decode(text.encode())
         assert (caught.value.code, caught.value.status) == ("too_deep", 400)
         assert str(caught.value.param).startswith(f"{name}[0][0]")
 
@@ -260,7 +256,7 @@ def test_every_refused_name_is_judged_however_many_there_are() -> None:
             decode(dialect, **given, typical_p=0.5)
     many = b'"ttl":null,' * 5000
     with pytest.raises(UnsupportedParameterError, match="'typical_p'"):
-        openai_chat.decode(b"{" + many + json.dumps(BODIES["chat"][1] | {"typical_p": 0.5}).encode()[1:])
+        CHAT.decode(b"{" + many + json.dumps(BODIES["chat"][1] | {"typical_p": 0.5}).encode()[1:])
 
 
 @EVERY
@@ -297,6 +293,6 @@ def test_the_older_name_of_a_format_counts_beside_a_config_without_one(config: d
 def test_the_document_has_every_name() -> None:
     text = DOCUMENT.read_text()
     names = {*OPEN_SERVERS, *OPEN_SERVERS_WITHOUT_EFFECT.split()}
-    for module in (openai_chat, openai_completions, openai_embeddings, openai_responses, anthropic_messages):
-        names |= set(module.PARAMETERS._root.members)
+    for one in DIALECTS:
+        names |= set(one.parameters._root.members)
     assert not [name for name in sorted(names) if f"`{name}`" not in text]

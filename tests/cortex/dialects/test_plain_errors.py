@@ -6,13 +6,8 @@ from typing import Any
 
 import pytest
 
-from cortex.dialects import (
-    anthropic_messages,
-    openai_chat,
-    openai_completions,
-    openai_embeddings,
-    openai_responses,
-)
+from cortex.dialects.dialect import Dialect
+from cortex.dialects.registry import DIALECTS
 from cortex.wire.errors import ApiError
 
 OWN_WORDS = re.compile(
@@ -45,14 +40,13 @@ BODIES = [
     json.dumps({"model": "m", **INPUT} | {"top_p": 7, "dimensions": -1}).encode(),
     json.dumps({"model": "m", **INPUT} | {"stop": [3], "stop_sequences": [3], "encoding_format": 3}).encode(),
 ]
-DECODERS = [openai_chat, openai_completions, openai_embeddings, openai_responses, anthropic_messages]
 
 
-@pytest.mark.parametrize("module", DECODERS, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.path)
 @pytest.mark.parametrize("body", BODIES)
-def test_errors_are_in_plain_english(module: Any, body: bytes) -> None:
+def test_errors_are_in_plain_english(dialect: Dialect, body: bytes) -> None:
     try:
-        module.decode(body)
+        dialect.decode(body)
     except ApiError as error:
         check(error)
 

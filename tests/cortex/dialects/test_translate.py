@@ -14,10 +14,11 @@ from cortex._fast.chat_events import ChatEvents
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
-from cortex.dialects import anthropic_messages, openai_chat, openai_responses
-from cortex.dialects.openai_chat_reply import ChatReply
-from cortex.dialects.openai_chunks import ChunkReader
-from cortex.dialects.passthrough import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES
+from cortex.dialects.chat import request as chat_request
+from cortex.dialects.chat.chunks import ChunkReader
+from cortex.dialects.messages import request as messages_request
+from cortex.dialects.registry import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES
+from cortex.dialects.responses import request as responses_request
 from cortex.dialects.translate import chat_body, to_chat, translated_error
 from cortex.wire.custom_tools import custom_input
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
@@ -95,12 +96,12 @@ def shape(sse_events: bytes) -> list[Any]:
 
 @given(streams())
 def test_whole_answers(events: list[InferenceEvent]) -> None:
-    reply = ChatReply("c", "m", 1)
-    reply.add(events)
+    chat = ChatStream("c", "m", 1, keeps=True)
+    chat.sse_events(events)
     made, native = MessagesStream("msg_1", "m"), MessagesStream("msg_1", "m")
-    made.sse_events(ChunkReader().read_whole(reply.body()))
+    made.sse_events(ChunkReader().read_whole(chat.whole()))
     native.sse_events(events)
-    assert json.loads(made.message()) == json.loads(native.message())
+    assert json.loads(made.whole()) == json.loads(native.whole())
 
 
 def test_log_probabilities_go_along() -> None:
@@ -234,7 +235,7 @@ def test_text_is_read_the_same_on_either_way(texts: list[str], ascii_only: bool)
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
 REQUESTS: list[tuple[Any, dict[str, Any]]] = [
-    (anthropic_messages.decode, {
+    (messages_request.decode, {
         "model": "m", "max_tokens": 5, "system": "s", "temperature": 0.5, "top_k": 3, "stop_sequences": ["a"],
         "messages": [
             {"role": "user", "content": [
@@ -250,7 +251,7 @@ REQUESTS: list[tuple[Any, dict[str, Any]]] = [
         "thinking": {"type": "enabled", "budget_tokens": 9},
         "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
     }),
-    (openai_responses.decode, {
+    (responses_request.decode, {
         "model": "m", "instructions": "i", "top_p": 0.5, "max_output_tokens": 4, "top_logprobs": 2,
         "include": ["message.output_text.logprobs"], "reasoning": {"effort": "none"},
         "text": {"format": {"type": "json_object"}},
@@ -261,7 +262,7 @@ REQUESTS: list[tuple[Any, dict[str, Any]]] = [
                   {"type": "custom", "name": "p"}],
         "tool_choice": "required",
     }),
-    (openai_chat.decode, {
+    (chat_request.decode, {
         "model": "m", "messages": [{"role": "user", "content": "u", "name": "n"}], "n": 2, "seed": 3, "min_p": 0.1,
         "logit_bias": {"1": 2.0}, "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.5,
         "ignore_eos": True, "chat_template_kwargs": {"a": 1}, "stop": ["x", "y"],
@@ -272,7 +273,7 @@ REQUESTS: list[tuple[Any, dict[str, Any]]] = [
 @pytest.mark.parametrize(("decode", "body"), REQUESTS)
 def test_a_chat_body_asks_for_the_same(decode: Any, body: dict[str, Any]) -> None:
     request: InferenceRequest = decode(orjson.dumps(body)).request
-    found = openai_chat.decode(chat_body(request, stream=True))
+    found = chat_request.decode(chat_body(request, stream=True))
     assert (found.stream, found.include_usage) == (True, True)
     assert comparable(found.request) == comparable(request)
 
@@ -418,7 +419,7 @@ def test_strictness_goes_on_as_it_was_given(strict: bool | None) -> None:
     tools = [{"type": "function", "name": "f", "parameters": {}, **given}]
     form = {"type": "json_schema", "name": "n", "schema": {}, **given}
     body = orjson.dumps({"model": "m", "input": "a", "tools": tools, "text": {"format": form}})
-    sent = orjson.loads(chat_body(openai_responses.decode(body).request, stream=False))
+    sent = orjson.loads(chat_body(responses_request.decode(body).request, stream=False))
     assert sent["tools"][0]["function"].get("strict") is strict
     assert sent["response_format"]["json_schema"].get("strict") is strict
 

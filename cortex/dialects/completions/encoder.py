@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from cortex.dialects.openai_errors import error_body
-from cortex.wire.errors import InvalidRequestError, RemoteError, UpstreamError
+from cortex.wire.errors import ErrorInfo, InvalidRequestError, RemoteError, UpstreamError
 from cortex.wire.events import (
     Failed,
     Finished,
@@ -114,14 +114,19 @@ class Completion:
         self._num_open = num_choices
         self._num_numbers = 0
         self._prompt_tokens = self._cached_tokens = 0
-        self._failed = False
+        self._error: ErrorInfo | None = None
 
     def sse_events(self, events: Sequence[InferenceEvent]) -> bytes:
         """Return the SSE events of a batch of events; events after the end have none."""
         return b"".join([self._sse_event(event) for event in events])
 
-    def body(self) -> bytes:
-        """Return the whole completion. Raises :exc:`UpstreamError` if a choice did not come to its end."""
+    def whole(self) -> bytes:
+        """Return the whole completion.
+
+        Raises :exc:`RemoteError` if the inference failed, :exc:`UpstreamError` if a choice did not come to its end.
+        """
+        if self._error is not None:
+            raise RemoteError(self._error)
         if self._num_open:
             raise UpstreamError("The inference ended without a reason: its answer is not complete.")
         choices = [
@@ -130,15 +135,8 @@ class Completion:
         ]
         return msgspec.json.encode(self._head | {"choices": choices, "usage": self._usage()})
 
-    def add(self, events: Sequence[InferenceEvent]) -> None:
-        """Add a batch of events. Raises :exc:`RemoteError` for an inference that failed."""
-        for event in events:
-            if isinstance(event, Failed):
-                raise RemoteError(event.error)
-        self.sse_events(events)
-
     def _sse_event(self, event: InferenceEvent) -> bytes:
-        if self._failed or not self._num_open:
+        if self._error is not None or not self._num_open:
             return b""
         match event:
             case Started(prompt_tokens, cached_tokens):
@@ -146,7 +144,7 @@ class Completion:
                 self._prompt_tokens += prompt_tokens
                 self._cached_tokens += cached_tokens
             case Failed(error):
-                self._failed = True
+                self._error = error
                 return b"data: " + error_body(error) + b"\n\n"
             case PromptEcho(text, choice) if self._ends[choice] is None:
                 return self._text_chunk(choice, text, self._add(choice, event))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from cortex.dialects import openai_fields as fields
+from cortex.dialects import fields
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import Tool, ToolChoice, ToolMode
 

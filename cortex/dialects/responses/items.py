@@ -9,12 +9,10 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from cortex.dialects import openai_fields as fields
+from cortex.dialects import fields
 from cortex.dialects.answered_calls import OpenCalls
-from cortex.dialects.openai_compaction import KINDS as COMPACTIONS
-from cortex.dialects.openai_compaction import summary_of
-from cortex.dialects.openai_sealed import unseal
-from cortex.dialects.openai_tools import OfferedTools
+from cortex.dialects.responses.sealed import COMPACTIONS, summary_of, unseal
+from cortex.dialects.responses.tools import OfferedTools
 from cortex.wire.errors import InvalidRequestError, ToolCallNotFoundError, UnsupportedParameterError
 from cortex.wire.request import MediaPart, Message, Part, Role, TextPart, ToolCall
 

@@ -1,18 +1,22 @@
 """OpenAI's older text completions: a body of ``/v1/completions`` to ``InferenceRequest``s, one for each prompt.
 
 A prompt is text, to which no chat template is applied, or token ids; a list of prompts is answered as one completion,
-with ``n`` choices of each prompt in order. Responses are written by :mod:`cortex.dialects.openai_completion_reply`.
+with ``n`` choices of each prompt in order. Responses are written by :mod:`cortex.dialects.completions.encoder`.
 Accepted without effect: ``user``, and ``best_of`` up to ``n``.
 """
 
+import secrets
+import time
 from collections.abc import Sequence
 from typing import cast
 
 import msgspec
 
-from cortex.dialects import openai_fields as fields
+from cortex.dialects import fields
+from cortex.dialects.completions.encoder import Completion
 from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Call, Parameters
+from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import InferenceRequest
 
@@ -41,10 +45,19 @@ class CompletionCall(Call, frozen=True):
         """Number of choices of all prompts together."""
         return len(self.requests) * self.requests[0].num_choices
 
-    @property
-    def scores(self) -> bool:
-        """Whether log probabilities are wanted."""
-        return self.requests[0].top_logprobs is not None
+    def encoder(
+        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
+    ) -> Completion:
+        """Return the encoder of the answer; see :meth:`cortex.dialects.dialect.GenerationCall.encoder`."""
+        return Completion(
+            f"cmpl-{secrets.token_hex(12)}",
+            name or self.request.model,
+            int(time.time()),
+            self.num_choices,
+            include_usage=self.include_usage,
+            report_usage=report_usage,
+            scores=self.request.top_logprobs is not None,
+        )
 
 
 class CompletionBody(GenerationBody, kw_only=True):

@@ -1,4 +1,4 @@
-"""The tools of a chat, and the choice among them, as those of a Responses request: :mod:`cortex.dialects.openai_tools`.
+"""The tools of a chat, and the choice among them, as :mod:`cortex.dialects.responses.tools` has them.
 
 The two dialects differ in how they write a tool down, and in nothing that follows from it.
 """
@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from cortex.dialects import openai_tools
-from cortex.dialects.openai_fields import needed
-from cortex.dialects.openai_tools import CALLABLE, OfferedTools
+from cortex.dialects.fields import needed
+from cortex.dialects.responses import tools as response_tools
+from cortex.dialects.responses.tools import CALLABLE, OfferedTools
 from cortex.wire.request import Tool, ToolChoice
 
 
@@ -75,36 +75,36 @@ def offered(bodies: Sequence[ToolBody]) -> OfferedTools:
     Raises:
         MissingParameterError: a tool has no type or name.
     """
-    return openai_tools.offered([_tool(body, f"tools[{index}]") for index, body in enumerate(bodies)])
+    return response_tools.offered([_tool(body, f"tools[{index}]") for index, body in enumerate(bodies)])
 
 
 def chosen(
     choice: Literal["auto", "none", "required"] | ChoiceBody | None, parallel: bool, tools: OfferedTools
 ) -> tuple[ToolChoice, tuple[Tool, ...]]:
-    """Return the tool choice and the allowed tools. Raises as :func:`cortex.dialects.openai_tools.chosen`."""
-    return openai_tools.chosen(_choice(choice) if isinstance(choice, ChoiceBody) else choice, parallel, tools)
+    """Return the tool choice and the allowed tools. Raises as :func:`cortex.dialects.responses.tools.chosen`."""
+    return response_tools.chosen(_choice(choice) if isinstance(choice, ChoiceBody) else choice, parallel, tools)
 
 
-def _tool(body: ToolBody, where: str) -> openai_tools.ToolBody:
+def _tool(body: ToolBody, where: str) -> response_tools.ToolBody:
     """Return an entry of ``tools`` as Responses have it."""
     if body.type == "function":
-        return openai_tools.ToolBody(body.type, **msgspec.structs.asdict(needed(body.function, f"{where}.function")))
+        return response_tools.ToolBody(body.type, **msgspec.structs.asdict(needed(body.function, f"{where}.function")))
     if body.type != "custom":
-        return openai_tools.ToolBody(body.type)
+        return response_tools.ToolBody(body.type)
     custom = needed(body.custom, f"{where}.custom")
     grammar = (custom.format.grammar if custom.format is not None else None) or _Grammar()
-    form = openai_tools.GrammarBody("grammar", grammar.syntax, grammar.definition)
-    return openai_tools.ToolBody(body.type, custom.name, custom.description, format=form)
+    form = response_tools.GrammarBody("grammar", grammar.syntax, grammar.definition)
+    return response_tools.ToolBody(body.type, custom.name, custom.description, format=form)
 
 
-def _choice(choice: ChoiceBody) -> openai_tools.ChoiceBody:
+def _choice(choice: ChoiceBody) -> response_tools.ChoiceBody:
     """Return a ``tool_choice`` as Responses have it."""
     if choice.type == "allowed_tools":
         allowed = needed(choice.allowed_tools, "tool_choice.allowed_tools")
         named = [tool.function or tool.custom for tool in allowed.tools]
-        tools = [openai_tools.ChoiceBody("function", one.name) for one in named if one is not None]
-        return openai_tools.ChoiceBody(choice.type, mode=allowed.mode, tools=tools)
+        tools = [response_tools.ChoiceBody("function", one.name) for one in named if one is not None]
+        return response_tools.ChoiceBody(choice.type, mode=allowed.mode, tools=tools)
     if choice.type not in CALLABLE:
-        return openai_tools.ChoiceBody(choice.type)
+        return response_tools.ChoiceBody(choice.type)
     forced = choice.custom if choice.type == "custom" else choice.function
-    return openai_tools.ChoiceBody(choice.type, needed(forced, f"tool_choice.{choice.type}").name)
+    return response_tools.ChoiceBody(choice.type, needed(forced, f"tool_choice.{choice.type}").name)

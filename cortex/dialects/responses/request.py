@@ -1,7 +1,7 @@
 """OpenAI Responses: a body of ``/v1/responses`` to an ``InferenceRequest``.
 
-Instructions and input flatten into one chat. Items are read by :mod:`cortex.dialects.openai_items`, tools by
-:mod:`cortex.dialects.openai_tools`; answers are made by :mod:`cortex._fast.responses_stream`, into which
+Instructions and input flatten into one chat. Items are read by :mod:`cortex.dialects.responses.items`, tools by
+:mod:`cortex.dialects.responses.tools`; answers are made by :mod:`cortex._fast.responses_stream`, into which
 :attr:`ResponsesCall.echo` is spliced.
 
 :data:`PARAMETERS` lists the parameters without effect: among them ``store`` (a neuron keeps nothing), ``metadata``
@@ -9,18 +9,21 @@ Instructions and input flatten into one chat. Items are read by :mod:`cortex.dia
 long is refused, and a response has ``disabled``.
 """
 
+import secrets
+import time
 from typing import Any, Literal
 
 import msgspec
 
-from cortex.dialects import openai_fields as fields
-from cortex.dialects import openai_tools
+from cortex._fast.responses_stream import ResponsesStream
+from cortex.dialects import fields
 from cortex.dialects.generation import GenerationBody
 from cortex.dialects.omitted_parts import readable
-from cortex.dialects.openai_items import Item, messages_of
-from cortex.dialects.openai_tools import OfferedTools
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Call, Parameters
-from cortex.dialects.passthrough import ResponseContext
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters, SingleCall
+from cortex.dialects.responses import tools as response_tools
+from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
+from cortex.dialects.responses.items import Item, messages_of
+from cortex.dialects.responses.tools import OfferedTools
 from cortex.wire.errors import ChainedConversationError, InvalidRequestError
 from cortex.wire.request import (
     InferenceRequest,
@@ -30,17 +33,31 @@ from cortex.wire.request import (
 )
 
 
-class ResponsesCall(Call, frozen=True):
+class ResponsesCall(SingleCall, frozen=True):
     """A decoded call. ``echo`` is a JSON object of the request fields that every response object repeats."""
 
-    request: InferenceRequest
-    stream: bool
     echo: bytes
     tools: OfferedTools
     summarises: bool
     """Whether reasoning is returned as a summary."""
     seals: bool
     """Whether reasoning is returned as ``encrypted_content``."""
+
+    def encoder(
+        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
+    ) -> ResponsesStream:
+        """Return the encoder of the answer; see :meth:`cortex.dialects.dialect.GenerationCall.encoder`."""
+        return ResponsesStream(
+            context.id or f"resp_{secrets.token_hex(24)}",
+            name or self.request.model,
+            int(time.time()),
+            self.echoed(context),
+            report_usage=report_usage,
+            custom_tools=self.tools.custom,
+            namespaces=self.tools.namespaces,
+            summarises=self.summarises,
+            seals=self.seals,
+        )
 
     def echoed(self, context: ResponseContext) -> bytes:
         """Return :attr:`echo` with the members that the gateway decides."""
@@ -82,8 +99,8 @@ class ResponsesBody(GenerationBody, kw_only=True):
     max_output_tokens: int | None = None
     stop: str | list[str] | None = None
     top_logprobs: int | None = None
-    tools: list[openai_tools.ToolBody] | None = None
-    tool_choice: Literal["auto", "none", "required"] | openai_tools.ChoiceBody | None = None
+    tools: list[response_tools.ToolBody] | None = None
+    tool_choice: Literal["auto", "none", "required"] | response_tools.ChoiceBody | None = None
     parallel_tool_calls: bool | None = None
     text: _Text | None = None
     reasoning: _Reasoning | None = None
@@ -95,9 +112,6 @@ class ResponsesBody(GenerationBody, kw_only=True):
     prompt: object = None
     background: bool | None = None
 
-
-COUNTED = {"object": "response.input_tokens"}
-"""Members of the response of ``/v1/responses/input_tokens`` beside ``input_tokens``."""
 
 PARAMETERS = Parameters(
     ResponsesBody,
@@ -163,8 +177,8 @@ def decode(body: bytes) -> ResponsesCall:
             ("background", bool(parsed.background)),
         )
     )
-    tools = openai_tools.offered(parsed.tools or ())
-    tool_choice, left = openai_tools.chosen(parsed.tool_choice, parsed.parallel_tool_calls is not False, tools)
+    tools = response_tools.offered(parsed.tools or ())
+    tool_choice, left = response_tools.chosen(parsed.tool_choice, parsed.parallel_tool_calls is not False, tools)
     included = parsed.include or ()
     wants_logprobs = "message.output_text.logprobs" in included
     messages = [Message(Role.SYSTEM, parsed.instructions)] if parsed.instructions else []
@@ -214,7 +228,7 @@ def _echo(body: bytes) -> bytes:
     given = _FIELDS_DECODER.decode(body)
     echo = {n: given[n] for n in _ECHOED if n in given and bytes(given[n]) != b"null"}
     if "tools" in echo:
-        echo["tools"] = msgspec.Raw(openai_tools.echoed(bytes(echo["tools"])))
+        echo["tools"] = msgspec.Raw(response_tools.echoed(bytes(echo["tools"])))
     if "text" in echo:
         text = _FIELDS_DECODER.decode(echo["text"])
         echo["text"] = msgspec.Raw(msgspec.json.encode({"format": msgspec.Raw(b'{"type":"text"}')} | text))

@@ -1,20 +1,24 @@
 """OpenAI Chat Completions: a body of ``/v1/chat/completions`` to an ``InferenceRequest``.
 
-Responses are written by :mod:`cortex._fast.chat_stream` and :mod:`cortex.dialects.openai_chat_reply`.
-:data:`PARAMETERS` lists the parameters without effect. Tools are read by :mod:`cortex.dialects.openai_chat_tools`.
+Answers are written by :mod:`cortex._fast.chat_stream`.
+:data:`PARAMETERS` lists the parameters without effect. Tools are read by :mod:`cortex.dialects.chat.tools`.
 """
 
+import secrets
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from cortex.dialects import openai_fields as fields
+from cortex._fast.chat_stream import ChatStream
+from cortex.dialects import fields
 from cortex.dialects.answered_calls import OpenCalls
+from cortex.dialects.chat.tools import ChoiceBody, ToolBody, chosen, offered
 from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
 from cortex.dialects.omitted_parts import readable
-from cortex.dialects.openai_chat_tools import ChoiceBody, ToolBody, chosen, offered
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Call, Parameters
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters, SingleCall
+from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
 from cortex.wire.errors import InvalidRequestError, ToolCallNotFoundError
 from cortex.wire.request import (
     InferenceRequest,
@@ -27,14 +31,27 @@ from cortex.wire.request import (
 )
 
 
-class ChatCall(Call, frozen=True):
+class ChatCall(SingleCall, frozen=True):
     """A decoded call: the request to the model, and the form of the response."""
 
-    request: InferenceRequest
-    stream: bool
     include_usage: bool
     custom: frozenset[str] = frozenset()
     """Names of custom tools, whose calls carry an input."""
+
+    def encoder(
+        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
+    ) -> ChatStream:
+        """Return the encoder of the answer; see :meth:`cortex.dialects.dialect.GenerationCall.encoder`."""
+        return ChatStream(
+            f"chatcmpl-{secrets.token_hex(12)}",
+            name or self.request.model,
+            int(time.time()),
+            self.request.num_choices,
+            include_usage=self.include_usage,
+            report_usage=report_usage,
+            custom_tools=self.custom,
+            keeps=not self.stream,
+        )
 
 
 class _TextBody(msgspec.Struct, tag="text"):

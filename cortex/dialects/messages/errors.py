@@ -7,6 +7,8 @@ gateway reads.
 
 import msgspec
 
+from cortex.dialects.envelope import Envelope
+from cortex.dialects.schema import TEXT, object_with
 from cortex.wire.errors import ContextLengthError, ErrorInfo, OverloadedError
 
 OVERLOADED_STATUS = 529
@@ -69,3 +71,12 @@ def error_body(error: ErrorInfo, request_id: str | None = None) -> bytes:
     inner = _Error(error_type(error), error_message(error), _Details(error.code, error.unsupported))
     # ``type`` is always written: it has no default.
     return msgspec.json.encode(_Envelope("error", inner, request_id))
+
+
+ENVELOPE = Envelope(
+    "AnthropicError",
+    object_with(type={"const": "error"}, error=object_with(type=TEXT, message=TEXT), request_id=TEXT),
+    error_status,
+    error_body,
+)
+"""The dialect's form of errors."""

@@ -2,8 +2,8 @@
 
 A compaction is an ordinary Responses request with one more message, which asks for the summary, and a response of
 another shape: the messages of users and the instructions, word for word, and one ``compaction`` item for the rest.
-Clients send the item back as input; it is read as an assistant's message (:mod:`cortex.dialects.openai_items`). Every
-node that a Responses request can be sent to or translated for can compact.
+Clients send the item back as input; it is read as an assistant's message (:mod:`cortex.dialects.responses.items`).
+Every node that a Responses request can be sent to or translated for can compact.
 
 This module neither sends the request nor resolves chains of responses.
 """
@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 import orjson
 
-from cortex.dialects.openai_sealed import seal, unseal
+from cortex._fast.responses_stream import ResponsesStream
+from cortex.dialects.parameters import SingleCall
+from cortex.dialects.responses import request
+from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
+from cortex.dialects.responses.sealed import seal
 from cortex.wire.errors import InvalidJsonError, InvalidRequestError, InvalidTypeError, UpstreamError
-
-KINDS = frozenset({"compaction", "compaction_summary"})
-"""Types of a compaction item. The second is Codex's older name."""
 
 SUMMARY_TOKENS = 4096
 """Default limit of a summary: enough for an agent's hour, and no model's whole context."""
@@ -131,15 +132,34 @@ class Compaction:
         )
 
 
-def summary_of(encrypted_content: str | None, where: str) -> str:
-    """Return the text of a compaction item. Raises :class:`InvalidRequestError` for another server's item."""
-    summary = unseal(encrypted_content or "")
-    if summary is None:
-        raise InvalidRequestError(
-            f"Invalid '{where}.encrypted_content': this compaction was not made here, and cannot be read.",
-            param=f"{where}.encrypted_content",
-        )
-    return f"Summary of the conversation so far:\n\n{summary}"
+class CompactCall(SingleCall, frozen=True):
+    """A decoded call."""
+
+    compaction: Compaction
+
+    def encoder(
+        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
+    ) -> "_CompactionEncoder":
+        """Return the encoder of the answer, which names no model."""
+        return _CompactionEncoder(self.compaction, ResponsesStream("", "", 0, b"{}"))
+
+
+class _CompactionEncoder:
+    def __init__(self, compaction: Compaction, response: ResponsesStream) -> None:
+        self._compaction = compaction
+        self._response = response
+        self.sse_events = response.sse_events
+
+    def whole(self) -> bytes:
+        return self._compaction.answer(self._response.whole())
+
+
+def decode(body: bytes) -> CompactCall:
+    """Decode a request body. Raises :class:`InvalidRequestError`."""
+    request.PARAMETERS.read(body)  # counts the items
+    compaction = Compaction(body)
+    call = request.decode(compaction.question())
+    return CompactCall(call.request, False, compaction, ignored=call.ignored, num_omitted=call.num_omitted)
 
 
 def _given(body: bytes) -> dict[str, msgspec.Raw]:

@@ -1,23 +1,26 @@
 """Anthropic Messages: a body of ``/v1/messages`` or ``/v1/messages/count_tokens`` to an ``InferenceRequest``.
 
-Messages are read by :mod:`cortex.dialects.anthropic_blocks`, responses written by :mod:`cortex._fast.messages_stream`.
+Messages are read by :mod:`cortex.dialects.messages.blocks`, responses written by :mod:`cortex._fast.messages_stream`.
 
 :data:`PARAMETERS` lists the parameters without effect. Hosted tools are not offered to the model, and are named in the
 answer's header; those that clients run have the schemas that Anthropic has published. An assistant's message
 at the end is answered by another rather than continued.
 """
 
+import secrets
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from cortex.dialects import anthropic_blocks as blocks
-from cortex.dialects import openai_fields as fields
-from cortex.dialects.anthropic_client_tools import client_tool
+from cortex._fast.messages_stream import MessagesStream
+from cortex.dialects import fields
 from cortex.dialects.generation import GenerationBody
+from cortex.dialects.messages import blocks
+from cortex.dialects.messages.client_tools import client_tool
 from cortex.dialects.omitted_parts import readable
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Call, Parameters
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters, SingleCall
+from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
 from cortex.wire.errors import InvalidRequestError, ThreadUnsupportedError
 from cortex.wire.request import (
     InferenceRequest,
@@ -30,11 +33,14 @@ from cortex.wire.request import (
 MAX_STOP_SEQUENCES = 64
 
 
-class MessagesCall(Call, frozen=True):
+class MessagesCall(SingleCall, frozen=True):
     """A decoded call."""
 
-    request: InferenceRequest
-    stream: bool
+    def encoder(
+        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
+    ) -> MessagesStream:
+        """Return the encoder of the answer, which always has its usage."""
+        return MessagesStream(f"msg_{secrets.token_hex(12)}", name or self.request.model)
 
 
 class _Tool(msgspec.Struct):

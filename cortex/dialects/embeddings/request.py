@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from cortex.dialects import openai_fields as fields
+from cortex.dialects import fields
 from cortex.dialects.parameters import Call, Parameters
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import EmbeddingRequest
@@ -28,6 +28,22 @@ class EmbeddingCall(Call, frozen=True):
 
     request: EmbeddingRequest
     is_base64: bool
+
+    def answer(self, vectors: Sequence[bytes], prompt_tokens: int, name: str) -> bytes:
+        """Return the answer, from float32 vectors in this machine's byte order, which is little-endian.
+
+        It has ``name`` for the model.
+        """
+        data: list[dict[str, Any]] = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": base64.b64encode(vector).decode() if self.is_base64 else array.array("f", vector).tolist(),
+            }
+            for index, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
+        return msgspec.json.encode({"object": "list", "data": data, "model": name, "usage": usage})
 
 
 class EmbeddingBody(msgspec.Struct, kw_only=True):
@@ -94,17 +110,3 @@ def _inputs(given: str | list[str | int | list[int]]) -> tuple[str | tuple[int, 
             raise InvalidRequestError(f"Invalid 'input': text {index} is empty.", param=f"input[{index}]")
         inputs.append(item if isinstance(item, str) else tuple(item))
     return tuple(inputs)
-
-
-def reply(model: str, vectors: Sequence[bytes], prompt_tokens: int, *, is_base64: bool) -> bytes:
-    """Return the answer's body; ``vectors`` are float32 in this machine's byte order, which is little-endian."""
-    data: list[dict[str, Any]] = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": base64.b64encode(vector).decode() if is_base64 else array.array("f", vector).tolist(),
-        }
-        for index, vector in enumerate(vectors)
-    ]
-    usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
-    return msgspec.json.encode({"object": "list", "data": data, "model": model, "usage": usage})

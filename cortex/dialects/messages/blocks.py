@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from cortex.dialects import openai_fields as fields
+from cortex.dialects import fields
 from cortex.dialects.answered_calls import OpenCalls
-from cortex.dialects.openai_fields import needed
+from cortex.dialects.fields import needed
 from cortex.wire.errors import (
     InvalidRequestError,
     InvalidTypeError,
