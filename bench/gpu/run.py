@@ -126,14 +126,14 @@ def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> No
         partial(kernels.numbers, untimed),
         *(partial(t, kernels.Bench(untimed, bench.sizes, 1.0)) for t in tables),
     ]
-    with recording(here) as recorder:
+    with recording(here) as recorded:
         for make in makers:
             try:
                 for _ in make():
                     pass
             except Exception:  # noqa: BLE001 (its table fails in the same way, and earlier notes count)
                 traceback.print_exc()
-    wanted = recorder.variants
+    wanted = recorded
     torch.cuda.empty_cache()
     cache = KernelCache(pathlib.Path(DEFAULTS.kernel_cache), PREBUILT)
     compilation = Compilation(wanted, here.capability, cache, os.cpu_count() or 1)

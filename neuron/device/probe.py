@@ -82,11 +82,6 @@ def parse_devices(text: str, available: Sequence[str], no_gpu: str = "") -> tupl
     return tuple(found)
 
 
-def ordinal_of(device_id: str) -> int:
-    """Return the driver's ordinal of a device id: 1 of ``cuda:1``."""
-    return int(device_id.partition(":")[2])
-
-
 # ------------------------------------------------------------------ GPUs
 
 

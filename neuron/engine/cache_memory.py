@@ -68,7 +68,7 @@ class LayerCaches:
         # An assignment would copy the 0 to the device and wait for all queued work.
         for cache, kind, table in zip(self.layers, self._kinds, self._tables, strict=True):
             for tensor in cache or ():
-                if not isinstance(kind, SequenceState):
+                if tensor is not None and not isinstance(kind, SequenceState):
                     # Float8 cannot be filled; its zero is that of a byte.
                     filled = tensor.view(torch.int8) if tensor.itemsize == 1 else tensor
                     filled.index_fill_(0, chosen[table], 0)

@@ -41,11 +41,6 @@ class PagePool:
         """Return how many pages are neither held nor published."""
         return self._num_blank
 
-    @property
-    def num_idle(self) -> int:
-        """Return how many published pages have no references."""
-        return len(self._idle)
-
     def allocate(self, count: int) -> Int32Array:
         """Take ``count`` free pages, each with one reference. The caller has checked that there are as many."""
         if count > self.num_free:

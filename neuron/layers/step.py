@@ -122,5 +122,8 @@ class Step:
         correction: torch.Tensor | None,
         **picks: Any,
     ) -> None:
-        """Add the weighted sum of the experts that ``router`` picks for each row, as in ``picks``."""
-        self.operations.add_experts(x, router, correction, gate_up, down, Picks(**picks), added)
+        """Add the weighted sum of the experts that ``router`` ``[E, hidden]`` picks for each row, as in ``picks``."""
+        operations, chosen = self.operations, Picks(**picks)
+        routing = operations.route(operations.linear(x, router), chosen, correction)
+        inner = operations.gated_activation(operations.moe_matmul(x, gate_up, routing), "silu")
+        operations.add_choices(operations.moe_matmul(inner, down, routing, weighted=True), chosen.choices, added)

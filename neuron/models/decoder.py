@@ -70,7 +70,7 @@ def load_decoder(
 class Caches(NamedTuple):
     """Memory of a model's caches, or of one rank's part."""
 
-    layers: list[tuple[torch.Tensor, ...] | None]
+    layers: list[tuple[torch.Tensor | None, ...] | None]
     """Tensors of each layer, pages first: a ``PagedCache``, or of a latent cache one tensor ``[P, page_size,
     width]``; of a state those that it declares, ``[slots, ...]`` each."""
     states: torch.Tensor | None
@@ -102,7 +102,7 @@ def new_caches(
         start, at = at, at + tensor.num_bytes(dtype.itemsize)
         return states[:, start : start + math.prod(tensor.shape) * own.itemsize].view(own).view(-1, *tensor.shape)
 
-    def cache_of(kind: Cache | None, pages: int) -> tuple[torch.Tensor, ...] | None:
+    def cache_of(kind: Cache | None, pages: int) -> tuple[torch.Tensor | None, ...] | None:
         match kind:
             case None:
                 return None

@@ -65,7 +65,7 @@ def variants(
     ).layers
     in_group = in_group or shard.size > 1
     forward = decoder.Decoder(few, weights, KERNELS, (lambda x: x) if in_group else None)
-    with recording(target_for(capability)) as recorder:
+    with recording(target_for(capability)) as recorded:
         for batch in _batches(config, plan):
             token_ids = _meta(len(batch.positions), dtype=torch.int32)
             hidden = forward.hidden(token_ids, [batch] * len(caches), caches)
@@ -74,7 +74,7 @@ def variants(
         for rows in sorted({min(n, plan.sampled_rows) for n in (*STEPS, plan.sampled_rows)}):
             forward.logits(_meta(rows, config.hidden_size, dtype=dtype))
         _sample(config, plan)
-    return recorder.variants
+    return tuple(recorded)
 
 
 def _sample(config: ModelConfig, plan: MemoryPlan) -> None:

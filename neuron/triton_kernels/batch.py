@@ -58,32 +58,14 @@ class Batch:
     None: there are none."""
 
 
-class KeyValueCache(NamedTuple):
-    """Paged keys and values of a layer, ``[P, page_size, K, D]`` each."""
+class PagedCache(NamedTuple):
+    """Paged keys and values of a layer, ``[P, page_size, K, D]`` each: as they are, or codes of one byte."""
 
     keys: torch.Tensor
     values: torch.Tensor
-
-    @property
-    def key_scales(self) -> None:
-        """Return no scales."""
-
-    @property
-    def value_scales(self) -> None:
-        """Return no scales."""
-
-
-class RoundedKeyValueCache(NamedTuple):
-    """The same with codes of one byte, and float32 scales ``[P, K, page_size]``."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    key_scales: torch.Tensor
-    value_scales: torch.Tensor
-
-
-PagedCache = KeyValueCache | RoundedKeyValueCache
-"""Cache of a layer's keys and values."""
+    key_scales: torch.Tensor | None = None
+    """Float32 scales ``[P, K, page_size]`` of codes."""
+    value_scales: torch.Tensor | None = None
 
 
 class AttentionParameters(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from neuron.triton_kernels._triton import tl, triton
-from neuron.triton_kernels.batch import KeyValueCache, PagedCache, RoundedKeyValueCache
+from neuron.triton_kernels.batch import PagedCache
 
 FORMATS: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Dtypes of the codes by the formats' names."""
@@ -26,10 +26,10 @@ def new_cache(
     """Return a cache of ``shape`` ``[P, page_size, K, D]`` in ``dtype``, of tensors by ``make``."""
     pools = make(shape, dtype), make(shape, dtype)
     if dtype not in LARGEST:
-        return KeyValueCache(*pools)
+        return PagedCache(*pools)
     num_pages, page_size, num_kv_heads, _ = shape
     scales = num_pages, num_kv_heads, page_size
-    return RoundedKeyValueCache(*pools, make(scales, torch.float32), make(scales, torch.float32))
+    return PagedCache(*pools, make(scales, torch.float32), make(scales, torch.float32))
 
 
 def write(cache: PagedCache, slot_mapping: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import contextvars
 import dataclasses
 import functools
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -99,23 +99,7 @@ class Variant:
         return _options(self.num_warps, self.num_stages, self.dependent_launch, self.max_registers)
 
 
-class Recorder:
-    """Variants of the launches made inside :func:`recording`, each once, in order of first use."""
-
-    def __init__(self) -> None:
-        self._seen: dict[Variant, None] = {}
-
-    def add(self, variant: Variant) -> None:
-        """Record a launch."""
-        self._seen.setdefault(variant)
-
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        """Return the recorded variants."""
-        return tuple(self._seen)
-
-
-_recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
+_recorded: contextvars.ContextVar[dict[Variant, None] | None] = contextvars.ContextVar("recorded", default=None)
 _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
 
 
@@ -130,15 +114,15 @@ def targeting(target: Target) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(target: Target) -> Iterator[Recorder]:
-    """Record launches for ``target`` instead of making them."""
-    recorder = Recorder()
-    token = _recorder.set(recorder)
+def recording(target: Target) -> Iterator[Collection[Variant]]:
+    """Record the variants of launches for ``target`` instead of making them, each once, in order of first use."""
+    recorded: dict[Variant, None] = {}
+    token = _recorded.set(recorded)
     try:
         with targeting(target):
-            yield recorder
+            yield recorded.keys()
     finally:
-        _recorder.reset(token)
+        _recorded.reset(token)
 
 
 def target_for(capability: int) -> Target:
@@ -192,9 +176,9 @@ def launch(
         raise TypeError(f"{kernel.fn.__name__} has no parameter {', '.join(sorted(unknown))}")
     given = {name: given[name] for name in kernel.arg_names}
     options = num_warps, given.get("STAGES", 1), given.get("PDL", False), max_registers
-    recorder = _recorder.get()
-    if recorder is not None:
-        recorder.add(_variant(kernel, given, options))
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.setdefault(_variant(kernel, given, options))
         return
     if 0 in grid:
         return

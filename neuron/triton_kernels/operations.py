@@ -7,13 +7,15 @@ Each is declared in a file of its own; here they are bound to eager torch or to 
 from typing import Final
 
 from neuron.triton_kernels import (
+    activation,
     attention,
     causal_convolution,
     decode_step,
-    experts,
     gated_delta,
     gated_norm,
     linear,
+    moe_matmul,
+    moe_routing,
     norm,
     replay,
     rotary,
@@ -35,7 +37,10 @@ class Operations:
     gated_delta = gated_delta.gated_delta
     replay_drafts = replay.replay_drafts
     gated_norm = gated_norm.gated_norm
-    add_experts = experts.add_experts
+    gated_activation = activation.gated_activation
+    route = moe_routing.route
+    moe_matmul = moe_matmul.moe_matmul
+    add_choices = moe_routing.add_choices
     sample = sampling.sample
     begin_step = decode_step.begin_step
     end_step = decode_step.end_step

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.attention_cases import ROUNDED_HEADS, Heads, real_steps
-from neuron.triton_kernels.batch import AttentionParameters, KeyValueCache, PagedCache
+from neuron.triton_kernels.batch import AttentionParameters, PagedCache
 from neuron.triton_kernels.cache_codes import codes_of, scale_of, write
 from neuron.triton_kernels.launch import cdiv, launch, power_of_two
 from neuron.triton_kernels.operation import Make, Operation, Run
@@ -135,7 +135,7 @@ def _cases(check: Run, make: Make) -> None:
     for num_heads, num_kv_heads, head_dim, normed in ((9, 3, 64, False), (6, 2, 12, True), (4, 4, 80, True)):
         positions, table = torch.tensor([0, 7, 1000], device=make.device), table_of(head_dim // 2, make.device)
         rotary = rotary_table.eager(positions, table, make.dtype)
-        cache = KeyValueCache(*(torch.zeros_like(make(3, PAGE, num_kv_heads, head_dim)) for _ in range(2)))
+        cache = PagedCache(*(torch.zeros_like(make(3, PAGE, num_kv_heads, head_dim)) for _ in range(2)))
         slot_mapping = torch.tensor([33, 16, 47], device=make.device)
         qk_norm = make(num_heads + num_kv_heads, head_dim) if normed else None
         qkv = make(3, (num_heads + 2 * num_kv_heads) * head_dim)

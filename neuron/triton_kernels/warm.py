@@ -6,7 +6,6 @@ an error: it would stall every stream for a second.
 """
 
 import contextlib
-import contextvars
 import json
 import pathlib
 import tempfile
@@ -101,36 +100,21 @@ def _compiles_to(function: Any, compiled: Compiled, key: str) -> Iterator[Any]:
         function.compile = theirs
 
 
-_loading: contextvars.ContextVar[bool] = contextvars.ContextVar("loading", default=False)
-_armed = False
-
-
 def forbid_compiling() -> None:
     """Make compiling a kernel an error from now on, except inside :func:`allowing_compiles`."""
-    global _armed
-    _armed = True
     knobs.runtime.jit_cache_hook = _refuse
-
-
-def permit_compiling() -> None:
-    """Undo :func:`forbid_compiling`: no model is left."""
-    global _armed
-    _armed = False
-    knobs.runtime.jit_cache_hook = None
 
 
 @contextlib.contextmanager
 def allowing_compiles() -> Iterator[None]:
     """Allow compiling for a while: another model is being loaded."""
-    token = _loading.set(True)
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, None
     try:
         yield
     finally:
-        _loading.reset(token)
+        knobs.runtime.jit_cache_hook = before
 
 
 def _refuse(**what: Any) -> bool:
     """Refuse to compile; Triton's hook for a launch that finds no binary in memory."""
-    if _armed and not _loading.get():
-        raise CompileAfterReadyError(str(what.get("repr") or what.get("key")).partition("[")[0])
-    return False
+    raise CompileAfterReadyError(str(what.get("repr") or what.get("key")).partition("[")[0])

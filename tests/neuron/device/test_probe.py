@@ -14,7 +14,6 @@ from cortex.wire.node import DeviceKind
 from neuron.device.probe import (
     Roots,
     host_memory,
-    ordinal_of,
     parse_devices,
     probe,
     probe_cpu,
@@ -67,10 +66,6 @@ def test_a_missing_gpu_is_an_error_with_reason_and_remedy(text: str) -> None:
         "there is no cuda:0 here: no NVIDIA driver is loaded. Devices here: cpu:0; "
         "neuron --devices cpu runs models without a GPU"
     )
-
-
-def test_ordinals() -> None:
-    assert [ordinal_of(device) for device in ("cuda:0", "cuda:11", "cpu:0")] == [0, 11, 0]
 
 
 @pytest.mark.parametrize(

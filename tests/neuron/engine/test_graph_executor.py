@@ -397,10 +397,10 @@ def test_a_captured_step_launches_the_kernels_compiled_for_it(
     model = driver.engine._models["m"]
     listed = prebuild.variants(model.executor.config, model.plan, 80)
     for size in (1, 2, 3, 5, 6):
-        with recording(target_for(80)) as recorder:  # a CPU has no dependent launch
+        with recording(target_for(80)) as recorded:  # a CPU has no dependent launch
             model.executor._capture(size)
-        assert {v.kernel.partition(":")[2] for v in recorder.variants} > {"sample_kernel", "_end_kernel"}
-        assert set(recorder.variants) <= set(listed)
+        assert {v.kernel.partition(":")[2] for v in recorded} > {"sample_kernel", "_end_kernel"}
+        assert set(recorded) <= set(listed)
 
 
 def test_a_step_may_follow_one_with_more_rows_than_sequences(

@@ -33,7 +33,7 @@ def test_a_newer_page_replaces_an_idle_one_of_its_key() -> None:
     pool.release(first)
     pool.publish(int(third[0]), b"key")
     assert pool.find([b"key"]) == third
-    assert (pool.num_idle, pool.num_free) == (0, 2)
+    assert (pool.idle_keys(), pool.num_free) == ([], 2)
     pool.check_integrity([second, third])
 
 
@@ -48,7 +48,7 @@ def test_misuse_of_pages_is_loud() -> None:
     with pytest.raises(RuntimeError, match="published twice"):
         pool.publish(int(pages[0]), b"other")
     pool.release(pages)
-    assert pool.num_idle == 1
+    assert len(pool.idle_keys()) == 1
     with pytest.raises(RuntimeError, match="has no references"):
         pool.publish(int(pages[1]), b"other")
     with pytest.raises(RuntimeError, match="has no references"):

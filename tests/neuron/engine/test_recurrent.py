@@ -35,7 +35,7 @@ from neuron.models import packed, sizing
 from neuron.models.registry import FAMILIES
 from neuron.models.sizing import PAGE_TOKENS
 from neuron.triton_kernels import dispatch
-from neuron.triton_kernels.batch import KeyValueCache
+from neuron.triton_kernels.batch import PagedCache
 
 TEXT = [1 + 7 * i % 60 + i % 3 for i in range(300)]
 PROMPT = TEXT[:150]
@@ -149,7 +149,7 @@ def pages_of(driver: Any) -> list[torch.Tensor]:
     found = caches(driver)
     if isinstance(found, NativeCaches):
         return [torch.from_numpy(table) for table in found.tables]
-    return [tensor for each in found.layers if isinstance(each, KeyValueCache) for tensor in each]
+    return [tensor for each in found.layers if isinstance(each, PagedCache) for tensor in each[:2]]
 
 
 def states_of(driver: Any) -> torch.Tensor:

@@ -269,7 +269,7 @@ class Arrivals(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         for pool in pools(self.scheduler):
             assert pool.num_free == pool.num_pages
-            assert self.limits.prefix_cache or not pool.num_idle
+            assert self.limits.prefix_cache or not pool.idle_keys()
 
 
 Arrivals.TestCase.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
@@ -360,7 +360,7 @@ def test_a_second_prompt_shares_the_full_pages_of_the_first() -> None:
     scheduler = Scheduler(LIMITS)
     scheduler.add(sequence(1, 22, 3, family=1))
     run_until_idle(scheduler)
-    assert scheduler.cache.pool.num_idle == 6, "24 tokens were computed: output counts too"
+    assert len(scheduler.cache.pool.idle_keys()) == 6, "24 tokens were computed: output counts too"
     # 22 tokens of the prompt are 5 full pages; a prompt of exactly 20 keeps one page to compute.
     for num_prompt, cached in ((22, 20), (60, 20), (20, 16), (4, 0), (3, 0)):
         second = sequence(100 + num_prompt, num_prompt, 1, family=1)
@@ -379,7 +379,7 @@ def test_the_switch_turns_sharing_off() -> None:
         run_until_idle(scheduler)
         assert one.num_cached == 0
         assert not one.keys
-    assert scheduler.cache.pool.num_idle == 0
+    assert len(scheduler.cache.pool.idle_keys()) == 0
 
 
 def test_choices_of_one_prompt_share_its_pages_and_it_is_computed_once() -> None:
@@ -428,7 +428,7 @@ def test_idle_pages_are_evicted_before_a_sequence_waits_oldest_first_and_last_pa
     for number, family in ((1, 1), (2, 2)):
         scheduler.add(sequence(number, 32, 1, family=family))
         run_until_idle(scheduler)
-    assert scheduler.cache.pool.num_idle == 16
+    assert len(scheduler.cache.pool.idle_keys()) == 16
     scheduler.add(hungry := sequence(3, 44, 1))
     assert scheduler.admit() == [hungry]
     run_until_idle(scheduler)

@@ -87,7 +87,7 @@ def test_a_prompt_ends_steps_where_checkpoints_are_due_and_the_next_resumes_from
     scheduler = Scheduler(LIMITS)
     # At 256 and 512, at most 16 pages apart, and at 688, behind the last page before the last token.
     assert run(scheduler, sequence(1, 700)) == [256, 256, 176, 12]
-    assert pool(scheduler).num_idle == 3
+    assert len(pool(scheduler).idle_keys()) == 3
     for number, (num_prompt, differs_at, cached) in enumerate(
         [(700, 1 << 20, 688), (900, 1 << 20, 688), (900, 687, 512), (688, 1 << 20, 512), (255, 1 << 20, 0)], 2
     ):
@@ -113,7 +113,7 @@ def test_chunks_end_at_multiples_of_64_where_a_budget_comes_to_one() -> None:
     while 2 in scheduler.running or 2 in scheduler.waiting:
         cuts.append(len(step(scheduler).token_ids) - 1)
     assert cuts == [64] * 7 + [52]
-    assert not pool(scheduler).num_idle
+    assert not pool(scheduler).idle_keys()
 
 
 def test_what_is_not_shared_has_no_checkpoints() -> None:
@@ -127,7 +127,7 @@ def test_what_is_not_shared_has_no_checkpoints() -> None:
         assert not plan.state_saves.size
         if mean.num_settled == 300:
             scheduler.remove(1)
-    assert not pool(scheduler).num_idle
+    assert not pool(scheduler).idle_keys()
 
 
 def test_a_checkpoint_is_found_once_its_tokens_are_settled() -> None:
@@ -138,11 +138,11 @@ def test_a_checkpoint_is_found_once_its_tokens_are_settled() -> None:
     ((own,), (checkpoint,)) = plan.state_saves
     assert own == plan.state_slots[0] != checkpoint
     assert scheduler.cache.unsettled(first)[-1].tolist() == [own, checkpoint], "both are cleared after a NaN"
-    assert not pool(scheduler).num_idle
+    assert not pool(scheduler).idle_keys()
     scheduler.remove(1)
     scheduler.check_integrity()
     assert pool(scheduler).num_free == STATES.num_slots, "a cancelled sequence leaves nothing to be found"
-    assert not pool(scheduler).num_idle
+    assert not pool(scheduler).idle_keys()
     run(scheduler, second := sequence(2, 300))
     assert second.num_cached == 0
 
@@ -161,7 +161,7 @@ def test_choices_of_one_prompt_wait_for_its_checkpoint_and_share_it() -> None:
     assert sources[0] == sources[1] > 0
     assert len(set(plan.state_slots.tolist())) == 3
     assert set(begun.tolist()) < set(plan.state_slots.tolist())
-    assert pool(scheduler).num_idle == 3, "a source is held until its copy is launched"
+    assert len(pool(scheduler).idle_keys()) == 3, "a source is held until its copy is launched"
 
 
 def test_a_source_is_not_evicted_before_it_is_copied() -> None:
@@ -294,11 +294,11 @@ def test_a_checkpoint_goes_with_its_last_page() -> None:
     scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=30))
     run(scheduler, sequence(1, 300, breakpoints=(160, 290)))
     assert cached(scheduler, sequence(1, 400)) == 288
-    assert pool(scheduler).num_idle == 2
+    assert len(pool(scheduler).idle_keys()) == 2
     run(scheduler, sequence(2, 200, differs_at=0))
     assert cached(scheduler, sequence(1, 400)) == 160
     assert cached(scheduler, sequence(2, 250, differs_at=0)) == 192
-    assert pool(scheduler).num_idle == 2
+    assert len(pool(scheduler).idle_keys()) == 2
 
 
 class Talk:

@@ -97,11 +97,11 @@ def test_a_shard_of_a_tied_head_launches_listed_variants(form: str, vocab_size: 
         _, weights = prebuild._distinct_layers(model, torch.bfloat16, quant, shard)
         head = {**weights.head, "matrix": Linear(some_rows(table, shard.vocabulary(vocab_size)), None)}
         weights = dataclasses.replace(weights, head=head)
-        with recording(target_for(90)) as recorder:
+        with recording(target_for(90)) as recorded:
             for rows in (1, 40, plan.sampled_rows):
                 hidden = torch.zeros((rows, model.hidden_size), dtype=torch.bfloat16)
                 decoder.Decoder(model, weights, KERNELS).logits(hidden)
-        assert shapes_of(recorder.variants) <= shapes_of(variants(model, plan, 90, shard=shard)), f"rank {shard.rank}"
+        assert shapes_of(recorded) <= shapes_of(variants(model, plan, 90, shard=shard)), f"rank {shard.rank}"
 
 
 def shapes_of(found: Iterable[Variant]) -> set[Any]:

@@ -38,9 +38,9 @@ def test_kernels_are_listed_without_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import kernel_cases\n"
         "from neuron.triton_kernels import launch\n"
-        "with launch.recording(launch.target_for(90)) as recorder:\n"
+        "with launch.recording(launch.target_for(90)) as recorded:\n"
         "    kernel_cases.launch_everything()\n"
-        "print(len(recorder.variants) > 100)\n"
+        "print(len(recorded) > 100)\n"
     )
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, env=WITH_SUPPORT, capture_output=True, text=True, check=True)

@@ -72,10 +72,10 @@ def test_operations_are_bound_to_a_form() -> None:
 def test_a_launch_names_the_parameters_of_its_kernel() -> None:
     x = torch.empty(3, 16, device="meta")
     given = {"x": x, "weight": x[0], "out": x, "x_stride": 16, "hidden": 16, "eps": 1e-6, "BLOCK": 16}
-    with recording(target_for(90)) as recorder:
+    with recording(target_for(90)) as recorded:
         launch(_rms_norm_kernel, (3,), **given)
         with pytest.raises(TypeError, match="_rms_norm_kernel has no parameter residual"):
             launch(_rms_norm_kernel, (3,), residual=x, **given)
         with pytest.raises(KeyError, match="eps"):
             launch(_rms_norm_kernel, (3,), **{name: value for name, value in given.items() if name != "eps"})
-    assert len(recorder.variants) == 1
+    assert len(recorded) == 1

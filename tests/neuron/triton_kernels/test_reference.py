@@ -8,7 +8,7 @@ import torch
 
 from neuron.triton_kernels.activation import gated_activation
 from neuron.triton_kernels.attention import attention_parts, paged_attention
-from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
+from neuron.triton_kernels.batch import AttentionParameters, Batch, PagedCache
 from neuron.triton_kernels.operations import EAGER
 from neuron.triton_kernels.rope import rope_and_cache
 
@@ -40,7 +40,7 @@ def test_rope_rotates_and_writes_to_slots(normalised: bool) -> None:
     keys, values = torch.zeros(6, PAGE, num_kv_heads, head_dim), torch.zeros(6, PAGE, num_kv_heads, head_dim)
     rotary = EAGER.rotary_table(positions, torch.cat((frequencies, torch.ones(4))), torch.float32)
     parameters = AttentionParameters(0.0, qk_norm=weight, eps=1e-6)
-    q = rope_and_cache.eager(qkv, rotary, KeyValueCache(keys, values), slot_mapping, parameters)
+    q = rope_and_cache.eager(qkv, rotary, PagedCache(keys, values), slot_mapping, parameters)
 
     heads = qkv.view(tokens, -1, head_dim)
     for token in range(tokens):
@@ -95,7 +95,7 @@ def test_paged_attention(rows: list[tuple[int, int]], num_heads: int, num_kv_hea
     batch = Batch(
         empty, empty, torch.from_numpy(cu_seqlens), torch.from_numpy(table), torch.from_numpy(context_lens), parts
     )
-    found = paged_attention(q, KeyValueCache(keys, values), batch, AttentionParameters(0.25)).view(q.shape)
+    found = paged_attention(q, PagedCache(keys, values), batch, AttentionParameters(0.25)).view(q.shape)
 
     for index, (query, context) in enumerate(rows):
         k = keys[table[index]].reshape(-1, num_kv_heads, head_dim)[:context]
