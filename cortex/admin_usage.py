@@ -10,16 +10,16 @@ import msgspec
 from cortex.errors import StoreUnavailableError
 from cortex.http_io import Exchange
 from cortex.store.interface import StoreError
-from cortex.store.usage import DAY_S, UsageQuery, UsageRow
+from cortex.store.usage import DAY_S, FIELDS, UsageQuery, UsageRow
 from cortex.usage_recorder import UsageRecorder, day_of
 from cortex.wire.errors import InvalidRequestError, UnsupportedParameterError
 
 DEFAULT_DAYS = 30
-_KNOWN = ("from", "to", "key", "model")
+_KNOWN = ("from", "to", "key", "model", "by")
 
 
 class UsageReport(msgspec.Struct, frozen=True):
-    """``GET /admin/usage``: rows by day, key and model. ``persists`` is whether they survive the gateway's process."""
+    """``GET /admin/usage``: use of the days ``first`` to ``last``. ``persists`` is whether it survives the process."""
 
     first: str
     last: str
@@ -34,7 +34,10 @@ class UsageAdmin:
         self._recorder = recorder
 
     async def report(self, exchange: Exchange) -> None:
-        """``GET /admin/usage``: of the days ``from`` to ``to``, else the last 30; of a ``key``, a ``model``, or all."""
+        """``GET /admin/usage``: the use of the days ``from`` to ``to``, else of the last 30; of a ``key``, a ``model``.
+
+        Rows are added up ``by`` some of day, key and model, else by all three.
+        """
         query = usage_query(exchange.query)
         try:
             rows = await self._recorder.rows(query)
@@ -59,7 +62,10 @@ def usage_query(query: bytes) -> UsageQuery:
     first = _day(given, "from", day_of(_seconds(last) - (DEFAULT_DAYS - 1) * DAY_S))
     if first > last:
         raise InvalidRequestError(f"'from', {first}, is after 'to', {last}.", param="from")
-    return UsageQuery(first, last, given.get("key"), given.get("model"))
+    by = tuple(given["by"].split(",")) if "by" in given else FIELDS
+    if not set(by) <= set(FIELDS):
+        raise InvalidRequestError(f"'by' has some of {', '.join(FIELDS)}, separated by commas.", param="by")
+    return UsageQuery(first, last, given.get("key"), given.get("model"), by)
 
 
 def _day(given: Mapping[str, str], name: str, otherwise: str) -> str:

@@ -63,7 +63,7 @@ OPERATIONS = (
         "/admin/usage",
         "Report the use of each key and model on each day.",
         UsageReport,
-        query={"from": _DAY, "to": _DAY, "key": TEXT, "model": TEXT},
+        query={"from": _DAY, "to": _DAY, "key": TEXT, "model": TEXT, "by": TEXT},
     ),
     Operation("GET", "/admin/models", "List the models, where they are and how they are sampled.", FullOfferList),
     Operation("POST", "/admin/models", "Add a model to the catalogue.", ModelProfile, ModelProfile),

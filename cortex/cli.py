@@ -118,7 +118,7 @@ def _serve(options: argparse.Namespace) -> int:
     preflight.check(found, str(path or config.NO_FILE), os.environ)
     if options.check:
         counts = f"{len(found.neurons)} nodes, {len(loaded.catalogue.profiles)} models"
-        if loaded.keys.principals:
+        if not loaded.keys.is_open:
             counts += f", {len(loaded.keys.principals)} keys"
         sys.stdout.write(f"{path or config.NO_FILE}: ok, {counts}\n")
         return 0

@@ -125,9 +125,9 @@ def _add(options: argparse.Namespace) -> int:
 
 
 def _usage(options: argparse.Namespace) -> int:
-    given = {name: getattr(options, name) for name in ("from", "to", "key", "model")}
+    given = {name: getattr(options, name) for name in ("by", "from", "to", "key", "model")}
     query = urllib.parse.urlencode({name: value for name, value in given.items() if value is not None})
-    answer = ask(options, "GET", f"/admin/usage{'?' if query else ''}{query}")
+    answer = ask(options, "GET", f"/admin/usage?{query}")
     return operate.show(options, answer, "rows", lambda found: report.print_usage(found, options.by))
 
 

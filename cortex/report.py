@@ -133,17 +133,13 @@ def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> Non
 
 
 def print_usage(answer: Mapping[str, Any], by: str, console: Console | None = None) -> None:
-    """Print use, added up by ``key``, ``model`` or ``day``."""
+    """Print use that is added up by ``key``, ``model`` or ``day``."""
     console = console or standard_console()
-    numbers = ("requests", "tokens_in", "tokens_cached", "tokens_out", "cost")
-    sums: dict[str, list[float]] = {}
-    for row in answer.get("rows", ()):
-        added = zip(sums.get(row[by], [0.0] * len(numbers)), numbers, strict=True)
-        sums[row[by]] = [value + row.get(name, 0) for value, name in added]
-    ranked = sorted(sums.items(), key=lambda item: item[0] if by == "day" else -item[1][0])
+    rows = sorted(answer.get("rows", ()), key=lambda row: row["day"] if by == "day" else -row["requests"])
     table = _table(by.capitalize(), ">Requests", ">Tokens in", ">Cached", ">Tokens out", ">Cost")
-    for name, (*counts, cost) in ranked:
-        _add(table, name or "(no key)", *(_short(int(count)) for count in counts), f"${cost:,.2f}" if cost else "-")
+    for row in rows:
+        counts = (_short(row.get(name, 0)) for name in ("requests", "tokens_in", "tokens_cached", "tokens_out"))
+        _add(table, row[by] or "(no key)", *counts, f"${row['cost']:,.2f}" if row.get("cost") else "-")
     console.print(table if table.row_count else "no use")
     kept = "" if answer.get("persists", True) else "; only since the start of the gateway, which keeps it in memory"
     console.print(_text(f"{answer.get('first', '')} to {answer.get('last', '')} (UTC){kept}", "dim"))

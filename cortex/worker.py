@@ -136,7 +136,7 @@ def announce(loaded: reload.Loaded, path: pathlib.Path | None, addresses: list[t
         "config": path or config.NO_FILE,
         "nodes": ",".join(f"{node.name}={node.endpoint}" for node in loaded.config.neurons),
         "models": len(loaded.catalogue.profiles),
-        "keys": len(loaded.keys.principals) or "off",
+        "keys": "off" if loaded.keys.is_open else len(loaded.keys.principals),
     }
     log.info("started", extra={"fields": fields})
     if split_address(gateway.listen)[1] not in {port for _, port in addresses}:

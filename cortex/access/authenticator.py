@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cortex.access.keys import EVERYBODY, KeyRing, Principal
+from cortex.access.keys import KeyRing, Principal
 from cortex.access.rate_limiter import Lease, RateLimiter, Reason, Refusal
 from cortex.wire.errors import ApiError, ForbiddenError, OverloadedError, UnauthorizedError
 
@@ -135,7 +135,7 @@ class Authenticator:
             AccessMisconfiguredError: the keys cannot be read.
         """
         key = _key(header)
-        return LOCAL if self._is_local(key) and self.keys.anonymous is not EVERYBODY else self.keys.identify(key)
+        return LOCAL if not self.keys.is_open and self._is_local(key) else self.keys.identify(key)
 
     def is_proved(self, principal: Principal) -> bool:
         """Return whether a principal presented a key."""

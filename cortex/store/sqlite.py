@@ -53,6 +53,7 @@ CREATE TABLE IF NOT EXISTS usage (
     tokens_out INTEGER NOT NULL, tokens_cached INTEGER NOT NULL, cost REAL NOT NULL, last_used_s REAL NOT NULL,
     PRIMARY KEY (day, key, model)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS last_used (key TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 """
 _WITH_OWNERS = """
 CREATE INDEX IF NOT EXISTS by_owner ON responses (owner, expires_at);

@@ -57,16 +57,28 @@ def _sum(one: UsageRow, other: UsageRow) -> UsageRow:
     )
 
 
+FIELDS = ("day", "key", "model")
+"""Fields by which use is added up."""
+
+
 class UsageQuery(msgspec.Struct, frozen=True):
-    """Rows that are asked for: the first and the last day, and a key and a model; ``None``: any."""
+    """Rows that are asked for: the first and the last day, and a key and a model; ``None``: any.
+
+    Rows are added up by the fields of ``by``; the others of ``FIELDS`` are empty in them.
+    """
 
     first: str
     last: str
     key: str | None = None
     model: str | None = None
+    by: tuple[str, ...] = FIELDS
 
-    def has(self, row: UsageRow) -> bool:
-        """Return whether a row is asked for."""
+    def answer(self, rows: Iterable[UsageRow]) -> list[UsageRow]:
+        """Return those of the rows that are asked for, added up."""
+        others = dict.fromkeys((field for field in FIELDS if field not in self.by), "")
+        return total(msgspec.structs.replace(row, **others) for row in rows if self._has(row))
+
+    def _has(self, row: UsageRow) -> bool:
         is_wanted = self.key in {None, row.key} and self.model in {None, row.model}
         return is_wanted and self.first <= row.day <= self.last
 
@@ -81,7 +93,7 @@ class UsageStore(Protocol):
         """Add rows to those that are kept, all or none; delete the oldest days above the limit."""
 
     async def rows(self, query: UsageQuery) -> list[UsageRow]:
-        """Return the rows that are asked for, by day, key and model."""
+        """Return the rows that are asked for, in the order of their fields."""
 
     async def last_used(self) -> Mapping[str, float]:
         """Return the Unix time of each key's last use."""
@@ -113,7 +125,7 @@ class MemoryUsage:
 
     async def rows(self, query: UsageQuery) -> list[UsageRow]:
         """Return rows."""
-        return [row for row in self._rows if query.has(row)]
+        return query.answer(self._rows)
 
     async def last_used(self) -> Mapping[str, float]:
         """Return the last use of each key."""
@@ -132,14 +144,18 @@ INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
 _FORGET = """
 DELETE FROM usage WHERE day < (SELECT min(day) FROM (SELECT DISTINCT day FROM usage ORDER BY day DESC LIMIT ?))
 """
+_USED = """
+INSERT INTO last_used VALUES (?, ?) ON CONFLICT DO UPDATE SET at = max(at, excluded.at)
+"""
 _FIND = """
-SELECT * FROM usage WHERE day BETWEEN :first AND :last AND (:key IS NULL OR key = :key)
-    AND (:model IS NULL OR model = :model) ORDER BY day, key, model
+SELECT {fields}, sum(requests), sum(tokens_in), sum(tokens_out), sum(tokens_cached), sum(cost), max(last_used_s)
+    FROM usage WHERE day BETWEEN :first AND :last AND (:key IS NULL OR key = :key)
+    AND (:model IS NULL OR model = :model) GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
 """
 
 
 class SqliteUsage:
-    """A table in the SQLite file of the responses."""
+    """Tables in the SQLite file of the responses."""
 
     def __init__(self, store: SqliteStore, num_days: int) -> None:
         self.persists = store.persists
@@ -155,6 +171,7 @@ class SqliteUsage:
         def write(connection: sqlite3.Connection) -> None:
             with connection:
                 connection.executemany(_ADD, [msgspec.structs.astuple(row) for row in rows])
+                connection.executemany(_USED, [(row.key, row.last_used_s) for row in rows])
                 if latest > self._latest:
                     connection.execute(_FORGET, (self._num_days,))
 
@@ -163,16 +180,17 @@ class SqliteUsage:
 
     async def rows(self, query: UsageQuery) -> list[UsageRow]:
         """Return rows."""
+        statement = _FIND.format(fields=", ".join(field if field in query.by else "''" for field in FIELDS))
+        values = {"first": query.first, "last": query.last, "key": query.key, "model": query.model}
 
         def read(connection: sqlite3.Connection) -> list[UsageRow]:
-            return [UsageRow(*row) for row in connection.execute(_FIND, msgspec.structs.asdict(query))]
+            return [UsageRow(*row) for row in connection.execute(statement, values)]
 
         return await self._store.run(read)
 
     async def last_used(self) -> Mapping[str, float]:
         """Return the last use of each key."""
-        statement = "SELECT key, max(last_used_s) FROM usage GROUP BY key"
-        return await self._store.run(lambda connection: dict(connection.execute(statement).fetchall()))
+        return await self._store.run(lambda connection: dict(connection.execute("SELECT * FROM last_used").fetchall()))
 
 
 PREFIX = "cortex:usage:"
@@ -216,7 +234,7 @@ class ValkeyUsage:
                 pipeline.hgetall(PREFIX + day)
             hashes = await pipeline.execute()
         numbers = (_number(day, *item) for day, found in zip(days, hashes, strict=True) for item in found.items())
-        return [row for row in total(numbers) if query.has(row)]
+        return query.answer(numbers)
 
     async def last_used(self) -> Mapping[str, float]:
         """Return the last use of each key."""

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -61,20 +62,19 @@ def test_keys_without_limits_are_shown_as_such(capsys: pytest.CaptureFixture[str
     assert bob == ["bob", "m", "0", "-", "-", "-", "-", "-"]
 
 
-def test_use_is_added_up_by_key_model_or_day(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"day": "2027-01-01", "key": "", "model": "m", "requests": 1, "tokens_in": 20_000, "tokens_out": 5, "cost": 0}
-    rows = [row, {**row, "day": "2027-01-02", "key": "alice", "requests": 2, "cost": 1.234}]
-    answer = {"rows": rows, "first": "2027-01-01", "last": "2027-01-30", "persists": False}
-    for by, lines in (
-        ("key", [["alice", "2", "20k", "0", "5", "$1.23"], ["(no", "key)", "1", "20k", "0", "5", "-"]]),
-        ("model", [["m", "3", "40k", "0", "10", "$1.23"]]),
-        ("day", [["2027-01-01", "1", "20k", "0", "5", "-"], ["2027-01-02", "2", "20k", "0", "5", "$1.23"]]),
-    ):
-        report.print_usage(answer, by)
-        out = capsys.readouterr().out
-        assert [line.split() for line in out.splitlines() if line.strip()][2:-1] == lines, out
-        assert "2027-01-01 to 2027-01-30" in out
-        assert "keeps it in memory" in out
+def test_use_is_shown_by_key_model_or_day(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"day": "", "key": "", "model": "", "requests": 1, "tokens_in": 20_000, "tokens_out": 5, "cost": 0}
+    rows = [row, {**row, "key": "alice", "requests": 2, "cost": 1.234}]
+    report.print_usage({"rows": rows, "first": "2027-01-01", "last": "2027-01-30", "persists": False}, "key")
+    out = capsys.readouterr().out
+    alice, nobody, period = [line.split() for line in out.splitlines() if line.strip()][2:]
+    assert alice == ["alice", "2", "20k", "0", "5", "$1.23"]
+    assert nobody == ["(no", "key)", "1", "20k", "0", "5", "-"]
+    assert period[:3] == ["2027-01-01", "to", "2027-01-30"]
+    assert "keeps it in memory" in out
+    days = [{**row, "day": f"2027-01-0{day}", "requests": day} for day in (2, 1, 3)]
+    report.print_usage({"rows": days}, "day")
+    assert re.findall(r"2027-01-0\d", capsys.readouterr().out) == ["2027-01-01", "2027-01-02", "2027-01-03"]
     report.print_usage({"rows": []}, "key")
     assert "no use" in capsys.readouterr().out
 

@@ -47,12 +47,15 @@ export class Use extends Polled {
     this.by = "key";
     this.rows = [];
     for (const radio of document.querySelectorAll("input[name=use-by]")) {
-      radio.addEventListener("change", () => { this.by = radio.value; this.table(); });
+      radio.addEventListener("change", () => { this.by = radio.value; this.look(); });
     }
     $("use-days").addEventListener("change", () => this.look());
   }
 
-  path() { return `admin/usage?from=${utcDay(Date.now() - (Number($("use-days").value) - 1) * DAY_MS)}`; }
+  path() {
+    const from = utcDay(Date.now() - (Number($("use-days").value) - 1) * DAY_MS);
+    return `admin/usage?from=${from}&by=${this.by === "day" ? "day" : `day,${this.by}`}`;
+  }
 
   show(answer) {
     this.rows = answer?.rows ?? [];

@@ -1,6 +1,7 @@
 """Keys that are made at the gateway: their file, the endpoints, and who is let in before and after."""
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
 import json
@@ -12,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
+import daemons
+import httpx
 import msgspec
 import pytest
 from asgi_call import Call
@@ -250,6 +253,44 @@ async def test_gateways_of_a_host_share_the_file(tmp_path: pathlib.Path) -> None
         await first.until_chat("invalid_api_key", key)
 
 
+async def test_workers_share_keys_and_add_up_use(tmp_path: pathlib.Path) -> None:
+    neuron, port = FakeNode().ready("m"), daemons.free_port()
+    async with neuron.serving():
+        settings = f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\nworkers = 2\nreload_check_s = 0.05\n'
+        config = write_config(tmp_path, neuron, gateway=settings)
+        served = daemons.daemon("cortex", "serve", "--config", str(config), port=port, log=tmp_path / "log")
+        with contextlib.ExitStack() as stack:
+            gateway = await asyncio.to_thread(stack.enter_context, served)
+
+            async def ask(method: str, path: str, key: str, body: Any = None) -> httpx.Response:
+                async with httpx.AsyncClient() as client:  # of one connection, so that either worker answers
+                    headers = {"authorization": f"Bearer {key}"}
+                    return await client.request(method, f"{gateway.url}{path}", json=body, headers=headers)
+
+            async def until_all(status: int) -> int:
+                """Ask until a row of requests has the status; return how many were answered."""
+                answered = in_a_row = 0
+                async with asyncio.timeout(20):
+                    while in_a_row < 16:
+                        found = (await ask("POST", "/v1/chat/completions", key, CHAT)).status_code
+                        in_a_row = in_a_row + 1 if found == status else 0
+                        answered += found == 200
+                return answered
+
+            made = await ask("POST", "/admin/keys", gateway.token(), {"name": "alice"})
+            key = made.json()["key"]
+            answered = await until_all(200)
+            async with asyncio.timeout(20):  # of the other worker's write
+                while True:
+                    # Of any key: the other worker may not have known yet that it needs one.
+                    rows = (await ask("GET", "/admin/usage?by=model", gateway.token())).json()["rows"]
+                    if [row["requests"] for row in rows] == [answered]:
+                        break
+                    await asyncio.sleep(0.05)
+            await ask("DELETE", "/admin/keys/alice", gateway.token())
+            await until_all(401)
+
+
 async def test_a_key_expires_also_on_the_fast_path(tmp_path: pathlib.Path) -> None:
     now = datetime.datetime.now(datetime.UTC)
     async with running(tmp_path) as clients:
@@ -387,7 +428,7 @@ def test_the_command_of_use_asks_for_what_it_was_given(
     monkeypatch.setattr(key_commands, "ask", answer)
     assert cli.main(["usage"]) == 0
     assert cli.main(["usage", "--from", "2027-01-01", "--key", "", "--model", "a b", "--by", "day"]) == 0
-    assert sent == ["/admin/usage", "/admin/usage?from=2027-01-01&key=&model=a+b"]
+    assert sent == ["/admin/usage?by=key", "/admin/usage?by=day&from=2027-01-01&key=&model=a+b"]
 
 
 @pytest.mark.parametrize(

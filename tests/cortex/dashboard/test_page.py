@@ -500,8 +500,9 @@ def test_a_key_is_made_used_and_revoked(page: Page, keyed: Gateway) -> None:
     assert "$0.00018" in page.text("#use-rows")
     assert "no key" in page.text("#use-rows"), "the request before the first key"
     page.click("input[name=use-by][value=model] + span")
-    assert SLOW in page.text("#use-rows")
+    page.until(f"document.getElementById('use-rows').innerText.includes('{SLOW}')")
     page.click("input[name=use-by][value=day] + span")
+    page.until("/^2\\d{3}-/.test(document.getElementById('use-rows').innerText)")
     assert page.run("document.querySelectorAll('#use-rows tr').length") == 1
     assert page.run("document.querySelectorAll('#use-bars .day').length") == 30
     assert page.run("[...document.querySelectorAll('#use-bars .day')].at(-1).textContent") == ""

@@ -59,6 +59,13 @@ async def test_processes_add_up_and_rows_are_found(below: Callable[[], ResponseS
         assert await store.rows(UsageQuery("2027-01-01", "2027-01-01", key="alice")) == []
         assert await store.rows(UsageQuery("2027-01-01", "2027-01-02", key="")) == [other]
         assert await store.rows(UsageQuery("2027-01-01", "2027-01-02", model="m")) == found[1:]
+        by_day = await store.rows(UsageQuery("2027-01-01", "2027-01-02", by=("day",)))
+        assert [(row.day, row.key, row.model, row.requests) for row in by_day] == [
+            ("2027-01-01", "", "", 2),
+            ("2027-01-02", "", "", 3),
+        ]
+        (all_of_it,) = await store.rows(msgspec.structs.replace(ANY, by=()))
+        assert (all_of_it.requests, all_of_it.tokens_in, all_of_it.cost) == (5, 31, 0.75)
         assert (await store.last_used())[""] == 90.0
         assert (await store.last_used())["alice"] >= 100.0
     for part in parts:
@@ -196,7 +203,10 @@ async def test_use_is_reported_by_key_and_model(tmp_path: pathlib.Path) -> None:
         assert (await ask("?from=2020-01-01&to=2020-12-31"))["rows"] == []
         for wrong in ("from=today", "to=2027-1-1x", "from=2027-02-30", "to=2000-01-01&from=2001-01-01"):
             assert await ask(f"?{wrong}") == (400, "invalid_value"), wrong
-        assert await ask("?by=day") == (400, "unsupported_parameter")
+        (summed,) = (await ask("?by=model"))["rows"]
+        assert (summed["key"], summed["model"], summed["requests"]) == ("", "m", 3)
+        assert await ask("?by=day,node") == (400, "invalid_value")
+        assert await ask("?sort=day") == (400, "unsupported_parameter")
         listed = await gateway.call("GET", "/admin/keys", b"", {"x-api-key": KEY}).end()
         assert {row["name"]: row["last_used_s"] > time.time() - 60 for row in listed.json()["keys"]} == {
             "alice": True,
