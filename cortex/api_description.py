@@ -8,8 +8,7 @@ from cortex.admin_models import FitAct, FitReport, KnownReport, PullAct, Removed
 from cortex.admin_usage import UsageReport
 from cortex.config import ModelProfile
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
-from cortex.dialects import openapi
-from cortex.dialects import registry
+from cortex.dialects import openapi, registry
 from cortex.dialects.openapi import Operation
 from cortex.dialects.responses.spec import RESPONSE
 from cortex.dialects.schema import COUNT, LIST, OBJECT, TEXT, Schema, object_with

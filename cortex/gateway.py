@@ -29,8 +29,7 @@ from cortex.config import AccessSettings, Config, CountersKind, Price, StoreKind
 from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
 from cortex.dashboard.feed import Feed
-from cortex.dialects import openapi
-from cortex.dialects import registry
+from cortex.dialects import openapi, registry
 from cortex.dialects.registry import RESPONSES
 from cortex.endpoints import Endpoints, reply_error
 from cortex.errors import GatewayStoppedError

@@ -1,7 +1,6 @@
 """Description of the API for ``/openapi.json``. A test compares it with the served paths."""
 
-from cortex.dialects import openapi
-from cortex.dialects import registry
+from cortex.dialects import openapi, registry
 from cortex.dialects.model_list import ListedModel
 from cortex.dialects.openapi import Operation
 from cortex.dialects.schema import LIST, OBJECT, object_with

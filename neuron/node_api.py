@@ -5,9 +5,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from cortex.build_identity import COMMIT
-from cortex.dialects import fields
-from cortex.dialects import openapi
-from cortex.dialects import registry
+from cortex.dialects import fields, openapi, registry
 from cortex.dialects.model_list import ListedModel, reply_model, reply_models, sizes_and_abilities
 from cortex.http_io import Exchange, until_disconnect
 from cortex.wire.errors import ModelNotFoundError
