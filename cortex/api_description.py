@@ -7,12 +7,12 @@ from cortex.admin_keys import KeysReport, MadeKey, NewKey, RevokedKey
 from cortex.admin_models import FitAct, FitReport, KnownReport, PullAct, Removed
 from cortex.admin_usage import UsageReport
 from cortex.config import ModelProfile
-from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
 from cortex.dialects import openapi, registry
 from cortex.dialects.openapi import Operation
 from cortex.dialects.responses.spec import RESPONSE
 from cortex.dialects.schema import COUNT, LIST, OBJECT, TEXT, Schema, object_with
 from cortex.fleet.offers import FullOfferList, Offer
+from cortex.responses.endpoints import AddItemsBody, CreateBody, UpdateBody
 from cortex.wire.node import Health
 
 _DAY: Schema = {"type": "string", "format": "date"}

@@ -26,7 +26,6 @@ from cortex.capture.capture import Capture
 from cortex.capture.exchange import CapturedExchange
 from cortex.capture.shelf import FolderShelf
 from cortex.config import AccessSettings, Config, CountersKind, Price, StoreKind
-from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
 from cortex.dashboard.feed import Feed
 from cortex.dialects import openapi, registry
@@ -50,16 +49,16 @@ from cortex.metrics import (
 )
 from cortex.request_log import Line, RequestLog
 from cortex.responses.background import Background
+from cortex.responses.conversations import Conversations
+from cortex.responses.endpoints import ConversationEndpoints, ResponseEndpoints
 from cortex.responses.hook import ResponsesHook
 from cortex.responses.socket_memory import SocketMemory
+from cortex.responses.stored import StoredResponses
 from cortex.responses.websocket import ResponsesSocket, refuse_socket
 from cortex.settings import ConfigError, split_address
 from cortex.store import usage
-from cortex.store.conversation import Conversations
 from cortex.store.interface import StoreError
-from cortex.store.named import NamedConversations
 from cortex.store.sqlite import SqliteStore
-from cortex.stored_endpoints import StoredEndpoints
 from cortex.supervise import Supervisor
 from cortex.usage_recorder import TASK, UsageRecorder
 from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
@@ -123,8 +122,8 @@ class Gateway:
         if isinstance(self._store, SqliteStore):
             self._store.on_damaged = self.metrics.damaged_stores.inc
         self._socket_memory = SocketMemory(settings.store.socket_bytes, settings.store.socket_bytes_per_key)
-        self._conversations = conversations = Conversations(self._store, max_bytes=settings.gateway.max_body_bytes)
-        self._named = NamedConversations(self._store, max_bytes=settings.gateway.max_body_bytes)
+        self._responses = StoredResponses(self._store, max_bytes=settings.gateway.max_body_bytes)
+        self._conversations = Conversations(self._store, max_bytes=settings.gateway.max_body_bytes)
         self.authenticator = Authenticator(
             keys or KeyRing(), _rate_limiter(settings.access), settings.access.reserve_tokens, local_token
         )
@@ -134,7 +133,7 @@ class Gateway:
         dispatcher = self.service.dispatcher
         self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher, self.supervisor)
         self._inference = inference = Inference(settings, offered, dispatcher, self.request_log, self.authenticator)
-        hook = ResponsesHook(conversations, self._background, self.authenticator)
+        hook = ResponsesHook(self._responses, self._background, self.authenticator)
         admin = Admin(self.service, reload, config_error, self.supervisor)
         changes = ModelAdmin(self.service, reload, added_models)
         self._usage = UsageRecorder(usage.make(self._store, settings.store.usage_days), self._price_of, self.supervisor)
@@ -156,8 +155,8 @@ class Gateway:
         )
         self.request_log.on_written = self._pass_on
         counted = self._counted
-        stored = StoredEndpoints(conversations, self._background)
-        named = ConversationEndpoints(self._named)
+        stored = ResponseEndpoints(self._responses, self._background)
+        named = ConversationEndpoints(self._conversations)
         self._paths: Mapping[str, Methods] = {
             **{
                 dialect.path: {"POST": inference.endpoint(dialect, hook if dialect.name == RESPONSES.name else None)}
@@ -336,7 +335,7 @@ class Gateway:
         self.authenticator.keys, self.authenticator.reserve_tokens = keys, settings.access.reserve_tokens
         self._endpoints.catalogue = offered
         self._inference.reconfigure(settings, offered)
-        self._named.max_bytes = self._conversations.max_bytes = settings.gateway.max_body_bytes
+        self._responses.max_bytes = self._conversations.max_bytes = settings.gateway.max_body_bytes
         self.service.reconfigure(settings, offered)
 
     async def handle(self, exchange: Exchange) -> None:

@@ -47,12 +47,11 @@ cortex._fast.record cortex.config neuron.api_description neuron.call_headers neu
 cortex._fast.stream_forwarder cortex.gateway_client cortex.known_models cortex.metrics cortex.store cortex.upstream
 neuron.engine neuron.text
 
-cortex.agents cortex.chat_client cortex.conversation_endpoints cortex.fleet cortex.load_watch cortex.local_daemons
-cortex.preflight cortex.request_log cortex.responses neuron.generation
+cortex.agents cortex.chat_client cortex.fleet cortex.load_watch cortex.local_daemons cortex.preflight
+cortex.request_log cortex.responses neuron.generation
 
 cortex._fast.fast_path cortex.admin cortex.capture cortex.chat cortex.endpoints cortex.launch cortex.operate
-cortex.preparation cortex.reload cortex.stored_endpoints cortex.stream_forwarding cortex.usage_recorder
-neuron.torch_model
+cortex.preparation cortex.reload cortex.stream_forwarding cortex.usage_recorder neuron.torch_model
 
 cortex.admin_keys cortex.admin_models cortex.admin_usage cortex.catalogue_commands cortex.dashboard cortex.demo
 cortex.inference cortex.key_commands cortex.rsgi_io cortex.run neuron.torch_harness

@@ -20,14 +20,13 @@ from cortex._fast.peek import peek
 from cortex._fast.sse import SseDecoder, SseEventTooLarge, encode
 from cortex.dialects.responses.spec import responses_failure
 from cortex.errors import GatewayStoppedError, NotAnAnswerError, TooLongAnswerError
-from cortex.store.conversation import Conversations, PendingResponse
+from cortex.responses.stored import PendingResponse, StoredResponses, not_stored, output_of
 from cortex.store.interface import StoredResponse
-from cortex.store.items import check_output
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, InvalidRequestError, UnsupportedParameterError
 from cortex.wire.responses_events import LAST
 
-log = logging.getLogger("cortex.background")
+log = logging.getLogger("cortex.responses")
 
 LEASE_S = 30.0
 RENEW_S = 2.0
@@ -61,12 +60,14 @@ _EVENT = msgspec.json.Decoder(_Event)
 class Run:
     """A response that is being generated."""
 
-    def __init__(self, id: str, response: bytes, owned: Conversations) -> None:
+    def __init__(self, id: str, response: bytes, owned: StoredResponses) -> None:
         self.id = id
         self.owned = owned
         """The principal's stored responses."""
         self.response = response
         """The response object as it is now."""
+        self.output = b"[]"
+        """Its output, when it has ended."""
         self.sse_events: list[bytes] = []
         self.ended = False
         self.making: asyncio.Task[None] | None = None
@@ -93,7 +94,7 @@ class Run:
             if event.response is not msgspec.UNSET:
                 response = msgspec.json.encode(event.response)
                 if ended:
-                    check_output(response)  # read by a request that continues it
+                    self.output = output_of(response)  # read by a request that continues it
                 self.response = response
             self.sse_events.append(encode(sse_event.data, sse_event.event))
             self.ended = ended
@@ -126,8 +127,19 @@ class Run:
 
     def close(self, **changes: Any) -> None:
         """End without an SSE event, with some fields of the response changed."""
-        self.response = orjson.dumps(orjson.loads(self.response) | changes)
+        self.response = self.changed(**changes)
         self.ended = True
+
+    def changed(self, **changes: Any) -> bytes:
+        """Return the response with some fields changed."""
+        return orjson.dumps(orjson.loads(self.response) | changes)
+
+    def mark_not_stored(self) -> None:
+        """Give the response ``store: false``, in its last SSE event too."""
+        response = not_stored(self.response)
+        if self.sse_events:
+            self.sse_events[-1] = self.sse_events[-1].replace(self.response, response, 1)
+        self.response = response
 
     def cancel(self) -> None:
         """Cancel the run."""
@@ -173,7 +185,7 @@ class Background:
         self._stopping = False
 
     async def start(
-        self, owned: Conversations, pending: PendingResponse, queued: bytes, sse_events: AsyncGenerator[bytes, None]
+        self, owned: StoredResponses, pending: PendingResponse, queued: bytes, sse_events: AsyncGenerator[bytes, None]
     ) -> Run:
         """Start a run. ``queued`` is the response object before the node has begun.
 
@@ -181,7 +193,7 @@ class Background:
             StoreUnavailableError: the lease cannot be stored.
         """
         run = Run(pending.context.id, queued, owned)
-        await owned.put(run.id, self._lease(pending, run), pending.chain)
+        await owned.put(run.id, self._lease(pending, run))
         run.making = asyncio.create_task(self._make(run, pending, sse_events), name=f"response {run.id}")
         await asyncio.sleep(0)  # it has begun before it can be cancelled, so that it always releases what it holds
         return run
@@ -191,7 +203,7 @@ class Background:
         self._stopping = True
         await asyncio.gather(*map(self._end, tuple(self._runs.values())))
 
-    async def response(self, owned: Conversations, id: str) -> bytes:
+    async def response(self, owned: StoredResponses, id: str) -> bytes:
         """Return a response as it is now. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
         run = self._run(owned, id)
         if run is None:
@@ -200,7 +212,7 @@ class Background:
             await run.wait()  # until it is stored
         return run.response
 
-    async def follow(self, owned: Conversations, id: str, after: int) -> AsyncGenerator[bytes, None]:
+    async def follow(self, owned: StoredResponses, id: str, after: int) -> AsyncGenerator[bytes, None]:
         """Return the SSE events of a response after number ``after``, future ones too.
 
         Raises:
@@ -210,14 +222,14 @@ class Background:
         if run is not None:
             return run.follow(after)
         stored = await owned.get(id)
-        if not stored.until and not stored.sse_events:
+        if not stored.lease_until and not stored.sse_events:
             raise UnsupportedParameterError(
                 "Unsupported parameter: 'stream': only a response made in the background can be streamed again.",
                 param="stream",
             )
         return self._follow_elsewhere(owned, id, stored, after)
 
-    async def cancel(self, owned: Conversations, id: str) -> bytes:
+    async def cancel(self, owned: StoredResponses, id: str) -> bytes:
         """Cancel a response of any gateway, and return it; an ended one stays as it is.
 
         Raises:
@@ -231,19 +243,19 @@ class Background:
         response = orjson.loads(stored.body)
         if not response.get("background"):
             raise InvalidRequestError("Cannot cancel a synchronous response.", param="response_id")
-        if not stored.until:
+        if not stored.lease_until:
             return stored.body
         cancelled = orjson.dumps(response | {"status": "cancelled"})
-        await owned.put(id, msgspec.structs.replace(stored, body=cancelled, until=0))
+        await owned.put(id, msgspec.structs.replace(stored, body=cancelled, lease_until=0))
         return cancelled
 
-    async def end(self, owned: Conversations, id: str) -> None:
+    async def end(self, owned: StoredResponses, id: str) -> None:
         """Cancel a run of this gateway, and wait for its end; ignore others."""
         run = self._run(owned, id)
         if run is not None:
             await self._end(run)
 
-    def _run(self, owned: Conversations, id: str) -> Run | None:
+    def _run(self, owned: StoredResponses, id: str) -> Run | None:
         run = self._runs.get(id)
         return run if run is not None and run.owned.owner == owned.owner else None
 
@@ -291,16 +303,23 @@ class Background:
             run.close(status="failed", error={"code": error.code, "message": error.message})
 
     async def _keep(self, run: Run, pending: PendingResponse) -> None:
+        """Store the end of a run; where there is no room for it, that it failed."""
         try:
-            ended = msgspec.structs.replace(
-                run.owned.stored(pending, run.response), sse_events=b"".join(run.sse_events)
-            )
+            ended = pending.record(run.response, run.output)
+            ended = msgspec.structs.replace(ended, sse_events=b"".join(run.sse_events))
             if run.is_answer:
                 await run.owned.settle(pending, run.id, ended)
             else:
                 await run.owned.put(run.id, ended)
-        except ApiError:
-            pass  # logged already
+        except ApiError as error:  # logged already
+            run.mark_not_stored()
+            failed = Run(run.id, run.changed(output=[]), run.owned)
+            failed.add_stored(b"".join(run.sse_events[:-1][:1]))
+            self._fail(failed, error)
+            stored = pending.record(failed.response, b"[]")
+            with suppress(ApiError):
+                sse_events = b"".join(failed.sse_events)
+                await run.owned.put(run.id, msgspec.structs.replace(stored, sse_events=sse_events))
         except Exception:
             log.exception("response %s was not kept", run.id)
 
@@ -311,7 +330,7 @@ class Background:
             await asyncio.sleep(RENEW_S / 2)
             with suppress(ApiError):
                 stored = await run.owned.find(run.id)
-                if stored is not None and not stored.until:
+                if isinstance(stored, StoredResponse) and not stored.lease_until:
                     run.cancel()
                     return
                 if self._clock() - renewed_at >= RENEW_S:
@@ -319,25 +338,28 @@ class Background:
                     await run.owned.put(run.id, self._lease(pending, run))
 
     def _lease(self, pending: PendingResponse, run: Run) -> StoredResponse:
-        kept = run.owned.stored(pending, run.response)
-        return msgspec.structs.replace(kept, until=self._clock() + LEASE_S)
+        stored = pending.record(run.response, run.output)
+        return msgspec.structs.replace(stored, lease_until=self._clock() + LEASE_S)
 
     def _failure(self, run: Run, error: ApiError) -> bytes:
         first = run.sse_events[0] if run.sse_events else b'data: {"response":%b}\n\n' % run.response
         return responses_failure(error.info(), first, run.sse_events[-1] if run.sse_events else b"")
 
     def _body(self, stored: StoredResponse) -> bytes:
-        if not stored.until or self._clock() < stored.until:
+        if not stored.lease_until or self._clock() < stored.lease_until:
             return stored.body
-        error = {"code": "server_error", "message": "The gateway that made the response is gone."}
+        error = {
+            "code": "server_error",
+            "message": "The gateway that made the response is gone, or could not store its end.",
+        }
         return orjson.dumps(orjson.loads(stored.body) | {"status": "failed", "error": error})
 
     async def _follow_elsewhere(
-        self, owned: Conversations, id: str, stored: StoredResponse, after: int
+        self, owned: StoredResponses, id: str, stored: StoredResponse, after: int
     ) -> AsyncGenerator[bytes, None]:
         """Yield the SSE events of another gateway's response, once it has ended."""
-        while stored.until:
-            if self._clock() >= stored.until:
+        while stored.lease_until:
+            if self._clock() >= stored.lease_until:
                 run = Run(id, self._body(stored), owned)
                 error = orjson.loads(run.response)["error"]
                 yield self._failure(run, GatewayStoppedError(error["message"]))

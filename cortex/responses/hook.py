@@ -24,8 +24,8 @@ from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
 from cortex.event_stream import stream
 from cortex.http_io import Exchange, Header
 from cortex.responses.background import Background
+from cortex.responses.stored import PendingResponse, StoredResponses
 from cortex.responses.websocket import SocketRequest
-from cortex.store.conversation import Conversations, PendingResponse
 from cortex.wire.errors import ApiError
 from cortex.wire.events import Finished, FinishReason, Started
 
@@ -94,7 +94,7 @@ class _Response(PreparedResponse):
     """A request whose response may be kept."""
 
     def __init__(
-        self, request: ResponseRequest, owned: Conversations, pending: PendingResponse, background: Background
+        self, request: ResponseRequest, owned: StoredResponses, pending: PendingResponse, background: Background
     ) -> None:
         super().__init__(pending.body)
         self.context, self.has_after = pending.context, pending.is_kept
@@ -154,17 +154,17 @@ class _Response(PreparedResponse):
 class ResponsesHook:
     """The steps of all requests for responses."""
 
-    def __init__(self, conversations: Conversations, background: Background, authenticator: Authenticator) -> None:
-        self._conversations = conversations
+    def __init__(self, responses: StoredResponses, background: Background, authenticator: Authenticator) -> None:
+        self._responses = responses
         self._background = background
         self._authenticator = authenticator
 
     async def before(self, request: ResponseRequest) -> PreparedResponse | None:
         """Return what a node gets of a request; ``None`` if the request has been answered without a node.
 
-        Raises :class:`ApiError` as :meth:`Conversations.begin` does; such a request counts for its key.
+        Raises :class:`ApiError` as :meth:`StoredResponses.begin` does; such a request counts for its key.
         """
-        owned = self._conversations.of(request.principal.name)
+        owned = self._responses.of(request.principal.name)
         origin = request.exchange.origin
         try:
             if request.dialect is not RESPONSES:

@@ -7,14 +7,13 @@ all, the oldest of the key that has most.
 
 from collections.abc import Iterator, MutableMapping
 
-import msgspec
-
-Items = tuple[msgspec.Raw, ...]
+Items = tuple[bytes, ...]
+"""JSON arrays of items."""
 
 MAX_PER_CONNECTION = 8
 """Conversations that are kept for a connection, the latest."""
-ITEM_BYTES = 64
-"""Memory of an item beside its text."""
+ARRAY_BYTES = 64
+"""Memory of an array beside its text."""
 
 
 class SocketMemory:
@@ -77,7 +76,7 @@ class ConnectionHistory(MutableMapping[str, Items]):
     def __setitem__(self, id: str, items: Items) -> None:
         if id in self._items:
             del self[id]
-        if self._memory.add(self, id, sum(len(bytes(item)) + ITEM_BYTES for item in items)):
+        if self._memory.add(self, id, sum(len(array) + ARRAY_BYTES for array in items)):
             self._items[id] = items
         while len(self._items) > MAX_PER_CONNECTION:
             del self[next(iter(self._items))]

@@ -1,4 +1,4 @@
-"""Stored responses, which clients refer to instead of sending their items again."""
+"""Storage of responses, items and conversations, in SQLite or Valkey: records under ids, whatever they mean."""
 
 import logging
 import os
@@ -8,12 +8,12 @@ from typing import assert_never
 
 from cortex.config import StoreKind, StoreSettings
 from cortex.settings import ConfigError, state_folder
-from cortex.store.interface import ResponseStore, StoreError
+from cortex.store.interface import RecordStore, StoreError
 
 log = logging.getLogger("cortex.store")
 
 
-def make(settings: StoreSettings, environment: Mapping[str, str] = os.environ) -> ResponseStore | None:
+def make(settings: StoreSettings, environment: Mapping[str, str] = os.environ) -> RecordStore | None:
     """Return the configured store, not yet open, or ``None``.
 
     Raises:

@@ -1,50 +1,106 @@
-"""The interface of a store of responses.
+"""The interface of a store of records: responses, items that came without one, and conversations, by id and owner.
 
-A store keeps bytes under ids for a time, whatever they mean. Several gateways may share one.
+A record that continues another names it, so that records form chains. A store reads a chain in one query and does not
+look into items. Several gateways may share a store.
 """
 
 import functools
 import logging
-from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 log = logging.getLogger("cortex.store")
 
 
-class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
-    """A response: the id of the one it continues (empty if none), the items of its own input, and the response object.
+class StoredResponse(msgspec.Struct, frozen=True, array_like=True, tag="response"):
+    """Response: the items that it adds to its chain, and the object that clients get."""
 
-    ``items`` is a JSON array without the items of earlier responses, ``body`` the response object. A background
-    response has the ``sse_events`` of its stream, and while it runs ``until``, the end of its lease. ``owner`` names
-    the principal.
-    """
+    previous: str
+    """Id of the record that it continues; empty if none."""
+    items: bytes
+    """JSON array of the items of its input, then those of its output."""
+    num_inputs: int
+    """Number of items of its input."""
+    body: bytes
+    """Response object."""
+    chain_length: int = 1
+    """Number of records of the chain that ends with it."""
+    sse_events: bytes = b""
+    """SSE events of a background response that has ended."""
+    lease_until: float = 0
+    """End of the lease of a background response that is being generated, in Unix seconds; else 0."""
+
+
+class StoredItems(msgspec.Struct, frozen=True, array_like=True, tag="items"):
+    """Items of a conversation that were added without a response that is stored."""
+
+    previous: str
+    """Id of the record that they follow; empty if none."""
+    items: bytes
+    """JSON array of the items."""
+    chain_length: int = 1
+    """Number of records of the chain that ends with it."""
+
+
+class StoredConversation(msgspec.Struct, frozen=True, array_like=True, tag="conversation"):
+    """Conversation: a name for the end of a chain."""
+
+    body: bytes
+    """Conversation object."""
+    last: str = ""
+    """Id of the last record of its chain; empty for an empty conversation."""
+    deleted: tuple[str, ...] = ()
+    """Ids of the items of its chain that were deleted; records are not rewritten."""
+
+
+Record = StoredResponse | StoredItems | StoredConversation
+
+
+class Link(NamedTuple):
+    """Record of a chain, as far as a chain needs it."""
+
+    id: str
+    previous: str
+    """Id of the record before it; empty if it is the first."""
+    items: bytes
+    """JSON array of its items."""
+    lease_until: float
+    """End of its lease, as in :class:`StoredResponse`."""
+
+
+class Row(NamedTuple):
+    """Stored form of a record. What a chain needs is apart from the rest, which may be much larger."""
 
     previous: str
     items: bytes
-    body: bytes
-    sse_events: bytes = b""
-    until: float = 0
-    owner: str = ""
+    lease_until: float
+    rest: bytes
 
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(StoredResponse)
+_DECODER: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
 
 
-def to_bytes(stored: StoredResponse) -> bytes:
-    """Return a response as bytes."""
-    return _ENCODER.encode(stored)
+def to_row(record: Record) -> Row:
+    """Return the stored form of a record."""
+    match record:
+        case StoredConversation():
+            return Row("", b"", 0, _ENCODER.encode(record))
+        case StoredResponse() | StoredItems():
+            lease_until = record.lease_until if isinstance(record, StoredResponse) else 0
+            rest = _ENCODER.encode(msgspec.structs.replace(record, items=b""))
+            return Row(record.previous, record.items, lease_until, rest)
 
 
-def from_bytes(value: bytes) -> StoredResponse | None:
-    """Return the response from :func:`to_bytes`; ``None`` for other bytes, which count as absent."""
+def from_row(items: bytes, rest: bytes) -> Record | None:
+    """Return the record of a stored form; ``None`` for other bytes, which count as absent."""
     try:
-        return _DECODER.decode(value)
+        record = _DECODER.decode(rest)
     except (msgspec.MsgspecError, TypeError, ValueError, RecursionError):
         _log_damaged()
         return None
+    return record if isinstance(record, StoredConversation) else msgspec.structs.replace(record, items=items)
 
 
 @functools.cache
@@ -52,31 +108,30 @@ def _log_damaged() -> None:
     log.error("the store of responses has rows that cannot be read: they count as not there")
 
 
-class ResponseStore(Protocol):
-    """A store of responses by id."""
+class RecordStore(Protocol):
+    """A store of records. Every method but ``obstacle`` raises :class:`StoreError` if the store fails."""
 
     async def open(self) -> None:
-        """Open the store.
+        """Open the store."""
 
-        Raises:
-            StoreError: the store cannot be reached, or not be written to.
+    async def get(self, owner: str, id: str) -> Record | None:
+        """Return a record; ``None`` if it is absent, has expired or belongs to another owner."""
+
+    async def chain(self, owner: str, id: str, *, max_records: int, max_bytes: int) -> list[Link]:
+        """Return the chain that ends with a record, the latest first, read in one query.
+
+        It breaks off before a record that :meth:`get` would not return, at ``max_records``, and after the items exceed
+        ``max_bytes``: its last link then names a previous one.
         """
-
-    async def get(self, id: str) -> StoredResponse | None:
-        """Return a response; ``None`` if it is absent or has expired."""
 
     def obstacle(self, size_bytes: int) -> "StoreError | None":
         """Return the error that a write of so many bytes would raise, as far as it is known without waiting."""
 
-    async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
-        """Store a response, and keep those of its chain for as long.
+    async def put(self, owner: str, id: str, record: Record) -> None:
+        """Store a record, and keep those of its chain for as long. Raises :class:`StoreFullError`."""
 
-        Raises:
-            StoreError: the response could not be stored.
-        """
-
-    async def delete(self, id: str) -> bool:
-        """Delete a response; return whether it existed."""
+    async def delete(self, owner: str, id: str) -> bool:
+        """Delete a record; return whether :meth:`get` would have returned it."""
 
     async def close(self) -> None:
         """Close the store."""

@@ -1,7 +1,7 @@
-"""Responses and use in an SQLite file: the default, for the gateways of one host.
+"""Records and use in an SQLite file: the default, for the gateways of one host.
 
 All statements run on one thread, so a slow disk delays only requests that need the store. The file is bounded by the
-age of a response since its last use, by the bytes of each key and by those of all; the oldest are deleted first, and
+age of a record since its last use, by the bytes of each key and by those of all; the oldest are deleted first, and
 above the limit for all, the oldest of the key that has most. Sums kept by triggers make that cheap, and right for
 several processes. The file's mode is 0600. A damaged file is moved aside and begun anew.
 """
@@ -17,12 +17,12 @@ import pathlib
 import sqlite3
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from cortex.store.clock import StoreClock
-from cortex.store.interface import StoredResponse, StoreError, StoreFullError, from_bytes, to_bytes
+from cortex.store.interface import Link, Record, StoreError, StoreFullError, from_row, to_row
 
 log = logging.getLogger("cortex.store")
 
@@ -41,11 +41,23 @@ MAGIC = b"SQLite format 3\0"
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS responses (
-    id TEXT PRIMARY KEY, value BLOB NOT NULL, size_bytes INTEGER NOT NULL, expires_at REAL NOT NULL,
-    owner TEXT NOT NULL DEFAULT ''
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_age ON responses (expires_at);
+DROP TABLE IF EXISTS responses; -- of an earlier version, as the next two
+DROP TABLE IF EXISTS owners;
+DROP TABLE IF EXISTS total;
+CREATE TABLE IF NOT EXISTS records (
+    owner TEXT NOT NULL, id TEXT NOT NULL, expires_at REAL NOT NULL, size_bytes INTEGER NOT NULL,
+    previous TEXT NOT NULL, lease_until REAL NOT NULL, items BLOB NOT NULL, rest BLOB NOT NULL,
+    PRIMARY KEY (owner, id)
+);
+CREATE INDEX IF NOT EXISTS by_age ON records (expires_at);
+CREATE INDEX IF NOT EXISTS by_owner ON records (owner, expires_at);
+CREATE TABLE IF NOT EXISTS owner_sizes (owner TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS gained AFTER INSERT ON records BEGIN
+    INSERT INTO owner_sizes VALUES (NEW.owner, NEW.size_bytes)
+        ON CONFLICT (owner) DO UPDATE SET size_bytes = size_bytes + excluded.size_bytes;
+END;
+CREATE TRIGGER IF NOT EXISTS lost AFTER DELETE ON records
+    BEGIN UPDATE owner_sizes SET size_bytes = size_bytes - OLD.size_bytes WHERE owner = OLD.owner; END;
 CREATE TABLE IF NOT EXISTS seen (at REAL NOT NULL);
 INSERT INTO seen SELECT 0 WHERE NOT EXISTS (SELECT * FROM seen);
 CREATE TABLE IF NOT EXISTS usage (
@@ -55,19 +67,28 @@ CREATE TABLE IF NOT EXISTS usage (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS last_used (key TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 """
-_WITH_OWNERS = """
-CREATE INDEX IF NOT EXISTS by_owner ON responses (owner, expires_at);
-DROP TRIGGER IF EXISTS added;
-DROP TRIGGER IF EXISTS removed;
-DROP TABLE IF EXISTS total;
-CREATE TABLE IF NOT EXISTS owners (owner TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TRIGGER IF NOT EXISTS gained AFTER INSERT ON responses BEGIN
-    INSERT INTO owners VALUES (NEW.owner, NEW.size_bytes)
-        ON CONFLICT (owner) DO UPDATE SET size_bytes = size_bytes + excluded.size_bytes;
-END;
-CREATE TRIGGER IF NOT EXISTS lost AFTER DELETE ON responses
-    BEGIN UPDATE owners SET size_bytes = size_bytes - OLD.size_bytes WHERE owner = OLD.owner; END;
+_CHAIN = """
+WITH RECURSIVE chain (id, previous, items, lease_until, size_bytes, number) AS (
+    SELECT id, previous, items, lease_until, length(items), 1 FROM records
+        WHERE owner = :owner AND id = :id AND expires_at > :now
+    UNION ALL
+    SELECT records.id, records.previous, records.items, records.lease_until,
+            chain.size_bytes + length(records.items), number + 1
+        FROM chain JOIN records ON records.id = chain.previous
+        WHERE owner = :owner AND expires_at > :now AND number < :max_records AND chain.size_bytes <= :max_bytes
+)
+SELECT id, previous, items, lease_until FROM chain
 """
+_REFRESH = """
+WITH RECURSIVE chain (id) AS (
+    SELECT :previous
+    UNION SELECT records.previous FROM chain JOIN records ON records.owner = :owner AND records.id = chain.id
+)
+UPDATE records SET expires_at = :expires_at
+    WHERE owner = :owner AND id IN (SELECT id FROM chain) AND expires_at < :stale
+"""
+REFRESH_S = 60.0
+"""Time after which the life of a chain's record is extended again: not every turn writes the whole chain."""
 
 
 class SqliteStore:
@@ -99,17 +120,25 @@ class SqliteStore:
         """Open the file, making it and its folder if need be."""
         await self._run(self._open)
 
-    async def get(self, id: str) -> StoredResponse | None:
-        """Return a response that has not expired."""
+    async def get(self, owner: str, id: str) -> Record | None:
+        """Return a record that has not expired."""
 
-        def read(connection: sqlite3.Connection) -> StoredResponse | None:
-            statement = "SELECT value FROM responses WHERE id = ? AND expires_at > ?"
-            row = connection.execute(statement, (id, self._clock())).fetchone()
-            if row is None:
-                return None
-            return from_bytes(row[0])
+        def read(connection: sqlite3.Connection) -> Record | None:
+            statement = "SELECT items, rest FROM records WHERE owner = ? AND id = ? AND expires_at > ?"
+            row = connection.execute(statement, (owner, id, self._clock())).fetchone()
+            return None if row is None else from_row(*row)
 
-        return await self._run(lambda: read(self._open()))
+        return await self.run(read)
+
+    async def chain(self, owner: str, id: str, *, max_records: int, max_bytes: int) -> list[Link]:
+        """Return the chain that ends with a record, in one statement."""
+
+        def read(connection: sqlite3.Connection) -> list[Link]:
+            limits = {"max_records": max_records, "max_bytes": max_bytes}
+            given = {"id": id, "owner": owner, "now": self._clock(), **limits}
+            return list(map(Link._make, connection.execute(_CHAIN, given)))
+
+        return await self.run(read)
 
     def obstacle(self, size_bytes: int) -> StoreError | None:
         """Return the error that a write of so many bytes would raise, as far as it is known before."""
@@ -126,28 +155,31 @@ class SqliteStore:
                 return StoreFullError(f"{self.path}: its disk is full")
         return None
 
-    async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
-        """Store a response; delete expired ones, and the oldest above the limits."""
-        value = to_bytes(stored)
-        if len(value) > min(self._max_bytes, self._max_bytes_per_owner):
-            raise StoreFullError(f"{self.path}: {len(value)} bytes are more than one key may keep")
+    async def put(self, owner: str, id: str, record: Record) -> None:
+        """Store a record; delete expired ones, and the oldest above the limits."""
+        row = to_row(record)
+        size_bytes = len(row.items) + len(row.rest)
+        if size_bytes > min(self._max_bytes, self._max_bytes_per_owner):
+            raise StoreFullError(f"{self.path}: {size_bytes} bytes are more than one key may keep")
 
         def write(connection: sqlite3.Connection) -> None:
             now = self._clock()
             expires_at = now + self._ttl_s
             with connection:
                 connection.execute("UPDATE seen SET at = ? WHERE at < ?", (now, now))
-                connection.execute("DELETE FROM responses WHERE expires_at <= ?", (now,))
+                connection.execute("DELETE FROM records WHERE expires_at <= ?", (now,))
                 # Not REPLACE: it would skip the trigger that counts.
-                connection.execute("DELETE FROM responses WHERE id = ?", (id,))
-                row = id, value, len(value), expires_at, stored.owner
-                connection.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?)", row)
-                refresh = "UPDATE responses SET expires_at = ? WHERE id = ?"
-                connection.executemany(refresh, [(expires_at, earlier) for earlier in chain])
-                self._make_room(connection, id, stored.owner)
+                connection.execute("DELETE FROM records WHERE owner = ? AND id = ?", (owner, id))
+                columns = owner, id, expires_at, size_bytes, row.previous, row.lease_until, row.items, row.rest
+                connection.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?)", columns)
+                if row.previous:
+                    stale = expires_at - min(REFRESH_S, self._ttl_s / 16)
+                    times = {"expires_at": expires_at, "stale": stale}
+                    connection.execute(_REFRESH, {"owner": owner, "previous": row.previous, **times})
+                self._make_room(connection, id, owner)
 
         try:
-            await self._run(lambda: write(self._open()))
+            await self.run(write)
         except StoreError:
             self._failed_at_s = time.monotonic()
             raise
@@ -157,36 +189,37 @@ class SqliteStore:
         """Delete the oldest of an owner, then of the owner with most, above the limits; but not ``id``."""
 
         def has(of: str) -> int:
-            found = connection.execute("SELECT size_bytes FROM owners WHERE owner = ?", (of,)).fetchone()
+            found = connection.execute("SELECT size_bytes FROM owner_sizes WHERE owner = ?", (of,)).fetchone()
             return int(found[0]) if found else 0
 
         def forget(of: str, excess: int) -> bool:
-            oldest = "SELECT id, size_bytes FROM responses WHERE owner = ? AND id != ? ORDER BY expires_at LIMIT ?"
+            oldest = "SELECT id, size_bytes FROM records WHERE owner = ? AND id != ? ORDER BY expires_at LIMIT ?"
             gone = []
             for other, size_bytes in connection.execute(oldest, (of, id, EVICTION_BATCH)).fetchall():
                 if excess <= 0:
                     break
-                gone.append((other,))
+                gone.append((of, other))
                 excess -= size_bytes
-            connection.executemany("DELETE FROM responses WHERE id = ?", gone)
+            connection.executemany("DELETE FROM records WHERE owner = ? AND id = ?", gone)
             return bool(gone)
 
         while (excess := has(owner) - self._max_bytes_per_owner) > 0 and forget(owner, excess):
             pass
-        while (excess := connection.execute("SELECT sum(size_bytes) FROM owners").fetchone()[0] - self._max_bytes) > 0:
-            richest = connection.execute("SELECT owner FROM owners ORDER BY size_bytes DESC").fetchone()[0]
+        total = "SELECT sum(size_bytes) FROM owner_sizes"
+        while (excess := connection.execute(total).fetchone()[0] - self._max_bytes) > 0:
+            richest = connection.execute("SELECT owner FROM owner_sizes ORDER BY size_bytes DESC").fetchone()[0]
             if not (forget(richest, excess) or forget(owner, excess)):
                 break
 
-    async def delete(self, id: str) -> bool:
-        """Delete a response."""
+    async def delete(self, owner: str, id: str) -> bool:
+        """Delete a record."""
 
         def remove(connection: sqlite3.Connection) -> bool:
             with connection:
-                statement = "DELETE FROM responses WHERE id = ? AND expires_at > ?"
-                return connection.execute(statement, (id, self._clock())).rowcount > 0
+                statement = "DELETE FROM records WHERE owner = ? AND id = ? AND expires_at > ?"
+                return connection.execute(statement, (owner, id, self._clock())).rowcount > 0
 
-        return await self._run(lambda: remove(self._open()))
+        return await self.run(remove)
 
     @property
     def persists(self) -> bool:
@@ -236,10 +269,10 @@ class SqliteStore:
                         pathlib.Path(name).chmod(0o600)
         connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
         try:
-            # Readers and a writer at a time; a crash of the host may lose the last responses and never the file.
+            # Readers and a writer at a time; a crash of the host may lose the last records and never the file.
             _switch_to_wal(connection)
             connection.execute("PRAGMA synchronous = NORMAL")
-            _make_tables(connection)
+            connection.executescript(_SCHEMA)
             if self._own_clock is not None:
                 self._own_clock.begin(connection.execute("SELECT at FROM seen").fetchone()[0], self._ttl_s)
         except sqlite3.Error:
@@ -301,41 +334,6 @@ def _is_file_damaged(path: str) -> bool:
             return bool(connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok")
     except sqlite3.Error as error:
         return _is_damaged(error)
-
-
-def _make_tables(connection: sqlite3.Connection) -> None:
-    """Create the schema; in a file of an earlier version, set the owner of each response."""
-    connection.executescript(_SCHEMA)
-    columns = {row[1] for row in connection.execute("PRAGMA table_info(responses)")}
-    is_counted = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'owners'").fetchone()
-    if "owner" in columns and is_counted:
-        return
-    connection.create_function("owner_of", 1, _owner_of)
-    with connection:
-        connection.execute("BEGIN IMMEDIATE")
-        if "owner" not in {row[1] for row in connection.execute("PRAGMA table_info(responses)")}:
-            connection.execute("ALTER TABLE responses ADD COLUMN owner TEXT NOT NULL DEFAULT ''")
-            connection.execute("UPDATE responses SET owner = owner_of(value)")
-        for statement in _statements(_WITH_OWNERS):
-            connection.execute(statement)
-        connection.execute("DELETE FROM owners")
-        connection.execute("INSERT INTO owners SELECT owner, sum(size_bytes) FROM responses GROUP BY owner")
-
-
-def _owner_of(value: bytes) -> str:
-    stored = from_bytes(value)
-    return stored.owner if stored is not None else ""
-
-
-def _statements(script: str) -> list[str]:
-    """Return the statements of a script, which is run in a transaction that ``executescript`` would end."""
-    found, begun = [], ""
-    for line in script.splitlines(keepends=True):
-        begun += line
-        if sqlite3.complete_statement(begun):
-            found.append(begun)
-            begun = ""
-    return found
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:

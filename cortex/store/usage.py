@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from cortex.store.interface import ResponseStore
+from cortex.store.interface import RecordStore
 from cortex.store.sqlite import SqliteStore
 from cortex.store.valkey import ValkeyStore
 
@@ -99,7 +99,7 @@ class UsageStore(Protocol):
         """Return the Unix time of each key's last use."""
 
 
-def make(store: ResponseStore | None, num_days: int) -> UsageStore:
+def make(store: RecordStore | None, num_days: int) -> UsageStore:
     """Return the store of use beside a store of responses; in memory where there is none."""
     if isinstance(store, SqliteStore):
         return SqliteUsage(store, num_days)

@@ -1,23 +1,48 @@
-"""Responses in Valkey, or in Redis: for gateways on several hosts. Needs the ``redis`` package.
+"""Records in Valkey, or in Redis: for gateways on several hosts. Needs the ``redis`` package.
 
-Each response is a key of its own with a time to live; the server's ``maxmemory`` bounds the bytes.
+Each record is a hash with a time to live; the server's ``maxmemory`` bounds the bytes. What concerns a chain is a
+script in the server, so that it is one round trip. Scripts find the keys of a chain as they go, which a cluster does
+not allow.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
 
-from cortex.store.interface import StoredResponse, StoreError, from_bytes, to_bytes
+from cortex.store.interface import Link, Record, StoreError, from_row, to_row
 
 if TYPE_CHECKING:
     from redis.asyncio.client import Pipeline
 
-PREFIX = "cortex:response:"
+PREFIX = "cortex:record:"
 TIMEOUT_S = 5.0
 RETRY_S = 2.0
 """Time for which a server counts as unavailable after a failed write."""
+
+CHAIN = """
+local prefix, id = KEYS[1], ARGV[1]
+local max_records, max_bytes, size, found = tonumber(ARGV[2]), tonumber(ARGV[3]), 0, {}
+while id ~= '' and #found < max_records and size <= max_bytes do
+    local row = redis.call('HMGET', prefix .. id, 'previous', 'items', 'lease_until')
+    if not row[1] then break end
+    found[#found + 1] = {id, row[1], row[2], row[3]}
+    id, size = row[1], size + #row[2]
+end
+return found
+"""
+PUT = """
+local prefix, id, ttl_ms, left, previous = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+redis.call('HSET', prefix .. id, 'previous', previous, 'items', ARGV[5], 'lease_until', ARGV[6], 'rest', ARGV[7])
+redis.call('PEXPIRE', prefix .. id, ttl_ms)
+while previous and previous ~= '' and left > 0 do
+    redis.call('PEXPIRE', prefix .. previous, ttl_ms)
+    previous, left = redis.call('HGET', prefix .. previous, 'previous'), left - 1
+end
+"""
+MAX_REFRESHED = 10_000
+"""Greatest number of records whose life a write extends; more than any chain has."""
 
 
 class ValkeyStore:
@@ -38,24 +63,21 @@ class ValkeyStore:
             self._client = client.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
         except ValueError as error:
             raise StoreError(f"{url}: {error}") from None
+        self._chain, self._put = map(self._client.register_script, (CHAIN, PUT))
 
     async def open(self) -> None:
         """Check that the server answers."""
-        try:
-            await self._client.ping()
-        except self._errors as error:
-            raise self._failed(error) from error
+        await self._do(self._client.ping)
 
-    async def get(self, id: str) -> StoredResponse | None:
-        """Return a response that has not expired."""
-        try:
-            value = await self._client.get(PREFIX + id)
-        except self._errors as error:
-            raise self._failed(error) from error
-        if value is None:
-            return None
-        assert isinstance(value, bytes)  # the client decodes nothing
-        return from_bytes(value)
+    async def get(self, owner: str, id: str) -> Record | None:
+        """Return a record that has not expired."""
+        items, rest = await self._do(lambda: self._client.hmget(_prefix(owner) + id, ["items", "rest"]))
+        return None if rest is None else from_row(items, rest)
+
+    async def chain(self, owner: str, id: str, *, max_records: int, max_bytes: int) -> list[Link]:
+        """Return the chain that ends with a record, in one round trip."""
+        rows = await self._do(lambda: self._chain(keys=[_prefix(owner)], args=[id, max_records, max_bytes]))
+        return [Link(id.decode(), previous.decode(), items, float(lease)) for id, previous, items, lease in rows]
 
     def obstacle(self, size_bytes: int) -> StoreError | None:
         """Return the error of a write that failed a moment ago, if any."""
@@ -63,26 +85,21 @@ class ValkeyStore:
             return StoreError(f"{self._url.rpartition('@')[2]}: cannot be written to")
         return None
 
-    async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
-        """Store a response and extend the life of its chain, in one round trip."""
-        value = to_bytes(stored)
+    async def put(self, owner: str, id: str, record: Record) -> None:
+        """Store a record and extend the life of its chain, in one round trip."""
+        row = to_row(record)
+        args: list[str | bytes | float] = [id, self._ttl_ms, MAX_REFRESHED]
+        args += row.previous, row.items, row.lease_until, row.rest
         try:
-            async with self._client.pipeline(transaction=False) as pipeline:
-                pipeline.set(PREFIX + id, value, px=self._ttl_ms)
-                for earlier in chain:
-                    pipeline.pexpire(PREFIX + earlier, self._ttl_ms)
-                await pipeline.execute()
-        except self._errors as error:
+            await self._do(lambda: self._put(keys=[_prefix(owner)], args=args))
+        except StoreError:
             self._failed_at_s = time.monotonic()
-            raise self._failed(error) from error
+            raise
         self._failed_at_s = -math.inf
 
-    async def delete(self, id: str) -> bool:
-        """Delete a response."""
-        try:
-            return bool(await self._client.delete(PREFIX + id))
-        except self._errors as error:
-            raise self._failed(error) from error
+    async def delete(self, owner: str, id: str) -> bool:
+        """Delete a record."""
+        return bool(await self._do(lambda: self._client.delete(_prefix(owner) + id)))
 
     @contextlib.asynccontextmanager
     async def pipeline(self) -> AsyncIterator["Pipeline"]:
@@ -101,5 +118,16 @@ class ValkeyStore:
         """Close the connections."""
         await self._client.aclose()
 
+    async def _do(self, work: Callable[[], Any]) -> Any:
+        try:
+            return await work()
+        except self._errors as error:
+            raise self._failed(error) from error
+
     def _failed(self, error: Exception) -> StoreError:
         return StoreError(f"{self._url.rpartition('@')[2]}: {error}")
+
+
+def _prefix(owner: str) -> str:
+    """Return the prefix of an owner's keys. Ids have no colon, so that no two owners share a key."""
+    return f"{PREFIX}{owner}:"

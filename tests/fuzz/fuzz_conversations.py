@@ -12,7 +12,7 @@ import atheris
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 
-with atheris.instrument_imports(include=["cortex.store", "cortex.conversation_endpoints", "cortex.stored_endpoints"]):
+with atheris.instrument_imports(include=["cortex.store", "cortex.responses"]):
     from conversation_steps import Checker, steps
 
 CHECKER = Checker()

@@ -191,16 +191,15 @@ def expire_leases(path: str) -> None:
 
     import msgspec
 
-    from cortex.store.interface import from_bytes, to_bytes
+    from cortex.store.interface import from_row, to_row
 
     connection = sqlite3.connect(path)
+    running = "SELECT id, items, rest FROM records WHERE lease_until > 0"
     with connection:
-        for id, value in connection.execute("SELECT id, value FROM responses").fetchall():
-            stored = from_bytes(value)
-            assert stored is not None
-            if stored.until:
-                changed = to_bytes(msgspec.structs.replace(stored, until=time.time() - 1))
-                connection.execute("UPDATE responses SET value = ? WHERE id = ?", (changed, id))
+        for id, items, rest in connection.execute(running).fetchall():
+            expired = to_row(msgspec.structs.replace(from_row(items, rest), lease_until=time.time() - 1))  # type: ignore[type-var]
+            statement = "UPDATE records SET lease_until = ?, rest = ? WHERE id = ?"
+            connection.execute(statement, (expired.lease_until, expired.rest, id))
     connection.close()
 
 

@@ -16,7 +16,7 @@ from cortex.config import Config, GatewaySettings, StoreSettings
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
 from cortex.http_io import AsgiExchange
-from cortex.store.conversation import Conversations
+from cortex.responses.stored import StoredResponses
 from cortex.wire.errors import ApiError
 from cortex.wire.headers import request_id_of
 
@@ -71,7 +71,7 @@ class Checker:
         self._gateway = Gateway(Config(store=store, gateway=GatewaySettings(metrics_listen="")), Catalogue({}, {}))
         assert self._gateway._store is not None
         self._loop.run_until_complete(self._gateway._store.open())
-        self._conversations = Conversations(self._gateway._store)
+        self._responses = StoredResponses(self._gateway._store)
 
     def close(self) -> None:
         """Let go of the store."""
@@ -111,14 +111,14 @@ class Checker:
         except PeekError:
             return None
         try:
-            pending = await self._conversations.begin(body, found)
+            pending = await self._responses.begin(body, found)
             orjson.loads(pending.body)
             id = f"resp_{secrets.token_hex(24)}"
             answer = orjson.dumps({"id": id, "output": [{"id": "msg_1_0", "type": "message"}], "store": True})
-            kept = orjson.loads(await self._conversations.keep(pending, answer))
+            kept = orjson.loads(await self._responses.keep(pending, answer))
             if pending.context.store and kept["store"]:
-                assert await self._conversations.find(id) is not None
-            await self._conversations.input_items(id, {"limit": "100"})
+                assert await self._responses.find(id) is not None
+            await self._responses.input_items(id, {"limit": "100"})
         except ApiError as error:
             assert error.status != 500, body[:2000]
             return None

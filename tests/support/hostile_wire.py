@@ -17,7 +17,7 @@ from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import to_chat
 from cortex.fleet.refusals import find_error, read_error, wrong_head
 from cortex.responses.background import Run
-from cortex.store.conversation import Conversations
+from cortex.responses.stored import StoredResponses
 from cortex.stream_forwarding import DialectForwarder
 from cortex.wire.errors import ApiError
 
@@ -240,7 +240,7 @@ class Checker:
             if dialect in ASKED:
                 _refusable(lambda dialect=dialect: self._translate(dialect, body, pieces))  # type: ignore[misc]
         _refusable(lambda: [RenamedStream("x").sse_events(piece) for piece in pieces])
-        run = Run("resp_1", b'{"id":"resp_1","status":"queued"}', Conversations(None))
+        run = Run("resp_1", b'{"id":"resp_1","status":"queued"}', StoredResponses(None))
         _refusable(lambda: [run.add_all(piece) for piece in pieces])
         if run.ended:
             assert isinstance(run.is_answer, bool)

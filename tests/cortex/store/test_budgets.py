@@ -88,6 +88,24 @@ async def test_an_unstorable_response_is_refused_before_a_node_is_tried() -> Non
         assert (call.status, call.json()["error"]["code"]) == (507, "store_full")
 
 
+async def test_a_background_response_without_room_says_so_and_does_not_stay_queued() -> None:
+    async with rig(responds(9_000), store=SMALL) as gateway:
+        body = {"model": "m", "input": "Hi", "background": True}
+        followed = last(await gateway.call("POST", "/v1/responses", {**body, "stream": True}).end())
+        assert (followed["status"], followed["store"]) == ("completed", False), "a follower has all of it"
+        path = f"/v1/responses/{(await gateway.call('POST', '/v1/responses', body).end()).json()['id']}"
+        await until(lambda: not gateway.gateway._background._runs)
+        found = (await gateway.call("GET", path).end()).json()
+        assert (found["status"], found["output"], found["error"]["code"]) == ("failed", [], "server_error")
+        assert "no room" in found["error"]["message"]
+        inner = gateway.gateway
+        sse_events = await inner._background.follow(inner._responses, path.rpartition("/")[2], -1)
+        again = b"".join([some async for some in sse_events])
+        assert again.count(b"event: response.created") == again.count(b"event: response.failed") == 1
+        assert b"store_full" in again
+        assert len((await gateway.call("GET", f"{path}/input_items").end()).json()["data"]) == 1
+
+
 # ------------------------------------------------------------------ conversations
 
 
@@ -141,7 +159,7 @@ async def test_values_within_an_item_are_counted_too() -> None:
 def test_socket_memory_is_bounded_per_key_and_in_total() -> None:
     memory = SocketMemory(10_000, 4_000)
     alice, again, bob = memory.connection("alice"), memory.connection("alice"), memory.connection("bob")
-    item = (msgspec.Raw(b"x" * 936),)  # 1,000 with what an item costs
+    item = (b"x" * 936,)  # 1,000 with what an item costs
     for i in range(4):
         (alice, again)[i % 2][f"resp_{i}"] = item
     bob["resp_b"] = item
@@ -149,7 +167,7 @@ def test_socket_memory_is_bounded_per_key_and_in_total() -> None:
     again["resp_4"] = item
     assert (list(alice), list(again)) == (["resp_2"], ["resp_1", "resp_3", "resp_4"]), "her oldest went"
     assert list(bob) == ["resp_b"]
-    alice["resp_large"] = (msgspec.Raw(b"x" * 5_000),)
+    alice["resp_large"] = (b"x" * 5_000,)
     assert "resp_large" not in alice
     for number in range(3):
         other = memory.connection(f"other{number}")
@@ -277,7 +295,7 @@ async def test_references_are_counted(num_references: int, num_bytes: int, code:
 
 
 async def test_adding_to_a_full_conversation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cortex.store.chains.MAX_CHAIN", 3)
+    monkeypatch.setattr("cortex.responses.chains.MAX_CHAIN", 3)
     async with rig(responds(10)) as gateway:
         id = await conversation(gateway)
         for _ in range(3):

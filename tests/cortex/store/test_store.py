@@ -9,7 +9,6 @@ import stat
 import time
 from collections.abc import AsyncIterator, Callable
 
-import msgspec
 import pytest
 from daemons import free_port
 
@@ -17,10 +16,19 @@ from cortex import store
 from cortex.config import StoreKind, StoreSettings
 from cortex.settings import ConfigError
 from cortex.store.clock import StoreClock
-from cortex.store.interface import ResponseStore, StoredResponse, StoreError, StoreFullError, to_bytes
+from cortex.store.interface import (
+    Link,
+    Record,
+    RecordStore,
+    StoredConversation,
+    StoredItems,
+    StoredResponse,
+    StoreError,
+    StoreFullError,
+)
 from cortex.store.sqlite import SqliteStore
 
-Make = Callable[..., ResponseStore]
+Make = Callable[..., RecordStore]
 
 
 @pytest.fixture(params=["sqlite", "valkey"])
@@ -32,14 +40,14 @@ def make(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Make:
     return lambda **settings: found(StoreSettings(kind=StoreKind.VALKEY, url=url, **settings))
 
 
-def found(settings: StoreSettings) -> ResponseStore:
+def found(settings: StoreSettings) -> RecordStore:
     made = store.make(settings)
     assert made is not None
     return made
 
 
 @contextlib.asynccontextmanager
-async def opened(made: ResponseStore) -> AsyncIterator[ResponseStore]:
+async def opened(made: RecordStore) -> AsyncIterator[RecordStore]:
     """Open a store, waiting for a server that is just starting."""
     async with asyncio.timeout(10):
         while True:
@@ -55,41 +63,96 @@ async def opened(made: ResponseStore) -> AsyncIterator[ResponseStore]:
 
 
 def response(text: str, previous: str = "") -> StoredResponse:
-    return StoredResponse(previous, b"[]", b'{"text":"%b"}' % text.encode())
+    return StoredResponse(previous, b"[1,2]", 1, b'{"text":"%b"}' % text.encode())
 
 
 async def test_stored_responses_survive_a_restart_and_can_be_deleted(make: Make) -> None:
     async with opened(make()) as first:
-        await first.put("resp_a", response("one"), ())
-        await first.put("resp_a", response("two", "resp_0"), ())
-        assert await first.get("resp_x") is None
+        await first.put("", "resp_a", response("one"))
+        await first.put("", "resp_a", response("two", "resp_0"))
+        assert await first.get("", "resp_x") is None
     async with opened(make()) as again:
-        kept = await again.get("resp_a")
+        kept = await again.get("", "resp_a")
         assert kept is not None
-        assert (kept.previous, kept.items, kept.body) == ("resp_0", b"[]", b'{"text":"two"}')
-        assert await again.delete("resp_a")
-        assert not await again.delete("resp_a")
-        assert await again.get("resp_a") is None
+        assert kept == response("two", "resp_0")
+        assert await again.delete("", "resp_a")
+        assert not await again.delete("", "resp_a")
+        assert await again.get("", "resp_a") is None
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        StoredResponse("resp_0", b'[{"a":1},{"b":2}]', 1, b"{}", 7, b"data: {}\n\n", 12.5),
+        StoredItems("resp_0", b"[1]", 3),
+        StoredConversation(b'{"id":"conv_a"}', "turn_0", ("msg_a", "msg_b")),
+    ],
+    ids=lambda record: type(record).__name__,
+)
+async def test_a_record_of_each_kind_comes_back(make: Make, record: Record) -> None:
+    async with opened(make()) as kept:
+        await kept.put("alice", "x_1", record)
+        assert await kept.get("alice", "x_1") == record
+        assert await kept.get("bob", "x_1") is None, "another owner's"
+        assert not await kept.delete("bob", "x_1")
+        await kept.put("bob", "x_1", StoredItems("", b"[]"))
+        assert await kept.get("alice", "x_1") == record, "and an id of both is two records"
+        assert await kept.delete("alice", "x_1")
+        assert await kept.delete("bob", "x_1")
+
+
+async def test_a_chain_is_read_in_one_query(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(make()) as kept:
+        for i in range(10):
+            lease_until = 5.5 if i == 9 else 0
+            record = StoredResponse(f"resp_{i - 1}" if i else "", b"[%d]" % i, 0, b"x" * 9000, lease_until=lease_until)
+            await kept.put("alice", f"resp_{i}", record)
+        queries = 0
+        name = "_run" if isinstance(kept, SqliteStore) else "_do"
+        query = getattr(kept, name)
+
+        def counted(work: object) -> object:
+            nonlocal queries
+            queries += 1
+            return query(work)
+
+        monkeypatch.setattr(kept, name, counted)
+
+        async def chain(id: str, owner: str = "alice", max_records: int = 99, max_bytes: int = 999) -> list[Link]:
+            return await kept.chain(owner, id, max_records=max_records, max_bytes=max_bytes)
+
+        found = await chain("resp_9")
+        assert queries == 1
+        assert found == [
+            Link(f"resp_{i}", f"resp_{i - 1}" if i else "", b"[%d]" % i, 5.5 if i == 9 else 0) for i in range(9, -1, -1)
+        ]
+        assert await chain("resp_9", max_records=3) == found[:3]
+        assert await chain("resp_9", max_bytes=9) == found[:4], "the bytes of the fourth are too many"
+        assert await chain("resp_9", "bob") == await chain("resp_x") == []
+        await kept.delete("alice", "resp_4")
+        assert await chain("resp_9") == found[:5]
+        await kept.put("alice", "resp_4", StoredItems("resp_8", b"[]"))
+        assert len(await chain("resp_9", max_records=20)) == 20, "a circle ends too"
 
 
 async def test_two_gateways_share_one(make: Make) -> None:
     async with opened(make()) as first, opened(make()) as second:
-        await asyncio.gather(*(s.put(f"resp_{i}", response(str(i)), ()) for i in range(50) for s in (first, second)))
+        await asyncio.gather(*(s.put("", f"resp_{i}", response(str(i))) for i in range(50) for s in (first, second)))
         for i in range(50):
-            assert await first.get(f"resp_{i}") == await second.get(f"resp_{i}") != None  # noqa: E711
+            assert await first.get("", f"resp_{i}") == await second.get("", f"resp_{i}") != None  # noqa: E711
 
 
 async def test_a_response_expires_unless_its_conversation_goes_on(make: Make) -> None:
     async with opened(make(ttl_s=0.6)) as kept:
-        await kept.put("resp_old", response("a"), ())
-        await kept.put("resp_used", response("b"), ())
+        await kept.put("", "resp_old", response("a"))
+        await kept.put("", "resp_used", response("b"))
         started = time.monotonic()
         while time.monotonic() - started < 0.9:
-            await kept.put("resp_new", response("c", "resp_used"), ["resp_used"])
+            await kept.put("", "resp_new", response("c", "resp_used"))
             await asyncio.sleep(0.05)
-        assert await kept.get("resp_old") is None
-        assert await kept.get("resp_used") is not None
-        assert not await kept.delete("resp_old")
+        assert await kept.get("", "resp_old") is None
+        assert await kept.get("", "resp_used") is not None
+        assert not await kept.delete("", "resp_old")
 
 
 async def test_the_oldest_go_when_all_are_too_much(tmp_path: pathlib.Path) -> None:
@@ -98,14 +161,14 @@ async def test_the_oldest_go_when_all_are_too_much(tmp_path: pathlib.Path) -> No
     async with opened(made) as kept:
         for i in range(300):
             now = float(i)
-            await kept.put(f"resp_{i}", response("x" * 1000), ())
-        alive = [i for i in range(300) if await kept.get(f"resp_{i}") is not None]
+            await kept.put("", f"resp_{i}", response("x" * 1000))
+        alive = [i for i in range(300) if await kept.get("", f"resp_{i}") is not None]
         assert alive == list(range(alive[0], 300))
         assert 30 < len(alive) < 100
         now = 2000.0
-        await kept.put("resp_last", response("y"), ())
+        await kept.put("", "resp_last", response("y"))
         for i in alive:
-            assert not await kept.delete(f"resp_{i}")
+            assert not await kept.delete("", f"resp_{i}")
 
 
 @pytest.mark.parametrize("path", ["/proc/nowhere/responses.db", "/"])
@@ -135,7 +198,7 @@ async def test_a_damaged_file_is_moved_aside_and_begun_anew(
     made = SqliteStore(str(path), ttl_s=1000, max_bytes=10_000_000)
     async with opened(made) as kept:
         for i in range(100):
-            await kept.put(f"resp_{i}", response("x" * 2000), ())
+            await kept.put("", f"resp_{i}", response("x" * 2000))
         if how == "while it is open":
             with contextlib.closing(sqlite3.connect(path)) as other:
                 other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -144,10 +207,10 @@ async def test_a_damaged_file_is_moved_aside_and_begun_anew(
                 file.write(b"\xff" * 100_000)
             with contextlib.suppress(StoreError):
                 for i in range(100):
-                    await kept.get(f"resp_{i}")
-                    await kept.put(f"more_{i}", response("x" * 2000), ())
-            await kept.put("resp_new", response("y"), ())
-            assert await kept.get("resp_new") is not None
+                    await kept.get("", f"resp_{i}")
+                    await kept.put("", f"more_{i}", response("x" * 2000))
+            await kept.put("", "resp_new", response("y"))
+            assert await kept.get("", "resp_new") is not None
     if how != "while it is open":
         data = path.read_bytes()
         path.write_bytes(
@@ -165,9 +228,9 @@ async def test_a_damaged_file_is_moved_aside_and_begun_anew(
         again.on_damaged = damaged
         async with opened(again) as kept:
             with contextlib.suppress(StoreError):
-                await kept.put("resp_first", response("y"), ())
-            await kept.put("resp_new", response("y"), ())
-            assert await kept.get("resp_new") is not None
+                await kept.put("", "resp_first", response("y"))
+            await kept.put("", "resp_new", response("y"))
+            assert await kept.get("", "resp_new") is not None
         assert num_damaged == 1
     assert [found.name for found in tmp_path.glob("responses.db.damaged-*")]
     assert "is damaged" in caplog.text
@@ -176,12 +239,12 @@ async def test_a_damaged_file_is_moved_aside_and_begun_anew(
 async def test_a_row_that_cannot_be_read_is_as_not_there(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "responses.db"
     async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=1_000_000)) as kept:
-        await kept.put("resp_a", response("a"), ())
-        await kept.put("resp_b", response("b"), ())
+        await kept.put("", "resp_a", response("a"))
+        await kept.put("", "resp_b", response("b"))
         with contextlib.closing(sqlite3.connect(path)) as other, other:
-            other.execute("UPDATE responses SET value = ? WHERE id = 'resp_a'", (b"\xc1garbage",))
-        assert await kept.get("resp_a") is None
-        assert await kept.get("resp_b") is not None
+            other.execute("UPDATE records SET rest = ? WHERE id = 'resp_a'", (b"\xc1garbage",))
+        assert await kept.get("", "resp_a") is None
+        assert await kept.get("", "resp_b") is not None
 
 
 def test_limits_that_do_not_hold_for_valkey_are_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -194,7 +257,7 @@ async def test_the_file_is_its_owners_alone(tmp_path: pathlib.Path) -> None:
     mask = os.umask(0)
     try:
         async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=100_000)) as kept:
-            await kept.put("resp_a", response("a"), ())
+            await kept.put("", "resp_a", response("a"))
             found = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     finally:
         os.umask(mask)
@@ -212,50 +275,33 @@ async def test_one_key_does_not_push_out_anothers(tmp_path: pathlib.Path) -> Non
     )
     async with opened(made) as kept:
         for i in range(10):
-            await kept.put(f"resp_a{i}", msgspec.structs.replace(response("x" * 1000), owner="alice"), ())
+            await kept.put("alice", f"resp_a{i}", response("x" * 1000))
         for i in range(300):
             now += 1
-            await kept.put(f"resp_b{i}", msgspec.structs.replace(response("x" * 1000), owner="bob"), ())
-            await kept.put(f"resp_c{i}", msgspec.structs.replace(response("x" * 1000), owner="carol"), ())
-        assert all([await kept.get(f"resp_a{i}") is not None for i in range(10)])
-        for letter in "bc":
-            alive = [i for i in range(300) if await kept.get(f"resp_{letter}{i}") is not None]
+            await kept.put("bob", f"resp_b{i}", response("x" * 1000))
+            await kept.put("carol", f"resp_c{i}", response("x" * 1000))
+        assert all([await kept.get("alice", f"resp_a{i}") is not None for i in range(10)])
+        for owner, letter in (("bob", "b"), ("carol", "c")):
+            alive = [i for i in range(300) if await kept.get(owner, f"resp_{letter}{i}") is not None]
             assert alive == list(range(alive[0], 300))
             assert 30 < len(alive) <= 60
         with pytest.raises(StoreFullError):
-            await kept.put("resp_big", response("x" * 60_000), ())
+            await kept.put("", "resp_big", response("x" * 60_000))
         assert isinstance(kept.obstacle(60_001), StoreFullError)
         assert kept.obstacle(1000) is None
 
 
-async def test_a_file_of_an_earlier_version_gets_an_owner_for_each_response(tmp_path: pathlib.Path) -> None:
+async def test_what_an_earlier_version_stored_is_dropped(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "responses.db"
-    before = sqlite3.connect(path)
-    before.executescript(
-        """CREATE TABLE responses (
-            id TEXT PRIMARY KEY, value BLOB NOT NULL, size_bytes INTEGER NOT NULL, expires_at REAL NOT NULL
-        ) WITHOUT ROWID;
-        CREATE TABLE total (size_bytes INTEGER NOT NULL);
-        INSERT INTO total VALUES (0);
-        CREATE TRIGGER added AFTER INSERT ON responses
-            BEGIN UPDATE total SET size_bytes = size_bytes + NEW.size_bytes; END;"""
-    )
-    for owner in ("alice", "bob"):
-        value = to_bytes(msgspec.structs.replace(response("x" * 1000), owner=owner))
-        before.execute(
-            "INSERT INTO responses VALUES (?, ?, ?, ?)", (f"resp_{owner}", value, len(value), time.time() + 99)
-        )
-    before.commit()
-    before.close()
-    for _ in range(2):
-        async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=100_000)) as kept:
-            found = await kept.get("resp_bob")
-            assert found is not None
-            assert found.owner == "bob"
-            await kept.put("resp_new", response("y"), ())
-    rows = sqlite3.connect(path)
-    assert dict(rows.execute("SELECT owner, size_bytes > 1000 FROM owners WHERE owner != ''")) == {"alice": 1, "bob": 1}
-    rows.close()
+    with contextlib.closing(sqlite3.connect(path)) as before, before:
+        before.execute("CREATE TABLE responses (id TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID")
+        before.execute("CREATE TABLE owners (owner TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL)")
+    async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=100_000)) as kept:
+        await kept.put("", "resp_new", response("y"))
+        assert await kept.get("", "resp_new") is not None
+    with contextlib.closing(sqlite3.connect(path)) as after:
+        tables = {name for (name,) in after.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert not tables & {"responses", "owners"}
 
 
 DAY_S = 24 * 3600.0
@@ -282,13 +328,13 @@ async def test_a_clock_that_is_set_a_month_ahead_wipes_nothing(
 ) -> None:
     path, real = str(tmp_path / "r.db"), time.time
     async with opened(SqliteStore(path, ttl_s=30 * DAY_S, max_bytes=100_000)) as kept:
-        await kept.put("resp_a", response("a"), ())
+        await kept.put("", "resp_a", response("a"))
         monkeypatch.setattr(time, "time", lambda: real() + 31 * DAY_S)
-        await kept.put("resp_b", response("b"), ())
-        assert await kept.get("resp_a") is not None
+        await kept.put("", "resp_b", response("b"))
+        assert await kept.get("", "resp_a") is not None
     async with opened(SqliteStore(path, ttl_s=30 * DAY_S, max_bytes=100_000)) as kept:
-        await kept.put("resp_c", response("c"), ())
-        assert await kept.get("resp_a") is not None
+        await kept.put("", "resp_c", response("c"))
+        assert await kept.get("", "resp_a") is not None
 
 
 async def test_a_worker_that_starts_while_another_makes_the_file_waits_for_it(tmp_path: pathlib.Path) -> None:
@@ -308,7 +354,7 @@ async def test_a_worker_that_starts_while_another_makes_the_file_waits_for_it(tm
 async def test_a_server_that_is_not_there() -> None:
     pytest.importorskip("redis")
     made = found(StoreSettings(kind=StoreKind.VALKEY, url=f"redis://user:secret@127.0.0.1:{free_port()}/0"))
-    for work in (made.open(), made.get("x"), made.put("x", response("a"), ()), made.delete("x")):
+    for work in (made.open(), made.get("", "x"), made.put("", "x", response("a")), made.delete("", "x")):
         with pytest.raises(StoreError) as caught:
             await work
         assert "secret" not in str(caught.value)

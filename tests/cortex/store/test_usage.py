@@ -16,7 +16,7 @@ from key_rig import KEY, ring
 from cortex.access.keys import Principal
 from cortex.config import ModelProfile, Price, StoreKind, StoreSettings
 from cortex.store import usage
-from cortex.store.interface import ResponseStore, StoreError
+from cortex.store.interface import RecordStore, StoreError
 from cortex.store.sqlite import SqliteStore
 from cortex.store.usage import MemoryUsage, UsageQuery, UsageRow
 from cortex.store.valkey import ValkeyStore
@@ -28,7 +28,7 @@ TODAY = day_of(time.time())
 
 
 @pytest.fixture(params=["memory", "sqlite", "valkey"])
-def below(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[[], ResponseStore | None]:
+def below(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[[], RecordStore | None]:
     """Return a maker of stores of responses, which share their data."""
     if request.param == "memory":
         return lambda: None
@@ -38,7 +38,7 @@ def below(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[[]
     return lambda: ValkeyStore(url, ttl_s=60)
 
 
-async def test_processes_add_up_and_rows_are_found(below: Callable[[], ResponseStore | None]) -> None:
+async def test_processes_add_up_and_rows_are_found(below: Callable[[], RecordStore | None]) -> None:
     parts = [below(), below()]
     first, second = (usage.make(part, 3) for part in parts) if parts[0] else [usage.make(None, 3)] * 2
     if isinstance(parts[0], ValkeyStore):

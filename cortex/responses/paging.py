@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cortex.store.items import id_of
+from cortex.responses.items import id_of
 from cortex.wire.errors import InvalidRequestError
 
 MAX_LIMIT = 100
