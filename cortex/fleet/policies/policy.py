@@ -4,7 +4,6 @@ The function is pure and is called for every request of a model with several rep
 requests each candidate has, and what is known of the prompt. It never sees a node that may not be chosen.
 """
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -35,8 +34,3 @@ class Policy:
     choose: Choose
     uses_prefixes: bool = False
     """Whether it needs ``cached_bytes`` and ``tie``, for which the request's body is hashed."""
-
-
-def tie_break(node: str, tie: int) -> tuple[int, str]:
-    """Return a sort key among equally good nodes: by the prompt, so that all gateways agree, else by name."""
-    return (zlib.crc32(node.encode(), tie) if tie else 0), node
