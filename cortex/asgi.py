@@ -9,18 +9,16 @@ import asyncio
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from cortex import worker_signals  # noqa: F401 - first: the others take long to import
 from cortex._fast.response_writer import WriteCoalescer
 from cortex._fast.watches import Watches
-from cortex.asgi_io import AsgiHead, AsgiProtocol
 from cortex.endpoints import reply_error
 from cortex.errors import NotStartedError
-from cortex.fast_path import FastPathRules
 from cortex.http_io import AsgiExchange, Receive, Scope, Send, find_header
-from cortex.rsgi_io import HTTP_2, RsgiExchange, RsgiSocket
+from cortex.server import worker_signals  # noqa: F401 - first: the others take long to import
+from cortex.server.rsgi_io import RsgiExchange, RsgiSocket
 from cortex.settings import ConfigError
 from cortex.wire.headers import REQUEST_ID, request_id_of
 from cortex.worker import Worker
@@ -40,7 +38,8 @@ class Application(Worker):
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         super().__init__(*(() if environment is None else (environment,)))
         self._starting: asyncio.Task[None] | None = None
-        self._is_open = False
+        self.is_open = False
+        """Whether ASGI requests are accepted without a start of their own."""
 
     # ------------------------------------------------------------------ RSGI
 
@@ -61,25 +60,19 @@ class Application(Worker):
         """Accept RSGI requests on this loop."""
         self._watches = Watches(loop)
         self._coalescer = WriteCoalescer(loop)
-        self._fast_path = FastPathRules(self.gateway, self.ending, self._watches, flushes=False).fast_path
 
-    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
-        """Serve one request or WebSocket."""
+    def __rsgi__(self, scope: Any, protocol: Any) -> Coroutine[Any, Any, None]:
+        """Return the coroutine that serves one request or WebSocket."""
         if scope.proto != "http":
-            socket = RsgiSocket(scope, protocol)
-            try:
-                await self.gateway.handle_socket(socket.scope, socket.receive, socket.send)
-            finally:
-                socket.end()
-            return
+            return self._serve_socket(RsgiSocket(scope, protocol))
         self._coalescer.bypass()
-        if scope.http_version == HTTP_2:  # what its connection is sent has to be counted, which the fast path does not
-            exchange = RsgiExchange(scope, protocol, self._watches, self._coalescer, None)
-            await self.handle(exchange, may_be_last=False)
-            return
-        fast_request = self._fast_path.begin(scope, protocol)
-        if fast_request is None or not await fast_request.answer():
-            await self.handle(RsgiExchange(scope, protocol, self._watches, self._coalescer, fast_request))
+        return self.handle(RsgiExchange(scope, protocol, self._watches, self._coalescer))
+
+    async def _serve_socket(self, socket: RsgiSocket) -> None:
+        try:
+            await self.gateway.handle_socket(socket.scope, socket.receive, socket.send)
+        finally:
+            socket.end()
 
     # ------------------------------------------------------------------ ASGI
 
@@ -93,11 +86,6 @@ class Application(Worker):
     else:
         vars(__call__)["_is_coroutine"] = vars(asyncio.coroutines)["_is_coroutine"]
 
-    def open_asgi(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Accept ASGI requests on this loop."""
-        self._fast_path = FastPathRules(self.gateway, self.ending, Watches(loop), flushes=True).fast_path
-        self._is_open = True
-
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind == "lifespan":
@@ -105,23 +93,13 @@ class Application(Worker):
             return
         if kind not in _OPENS_AT_REQUEST:
             raise NotImplementedError(f"scope type {kind}")
-        if not self._is_open and not await self._opens(scope, receive, send):
+        if not self.is_open and not await self._opens(scope, receive, send):
             return
         if kind == "websocket":
             await self.gateway.handle_socket(scope, receive, send)
             return
-        fast_request = self._fast_path.begin(
-            AsgiHead(scope), AsgiProtocol(receive, send, self.gateway.settings.gateway.body_timeout_s)
-        )
-        if fast_request is None:
-            given = find_header(scope["headers"], REQUEST_ID)
-            exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
-        elif await fast_request.answer():
-            return
-        else:
-            exchange = AsgiExchange(scope, receive, send, request_id=fast_request.record.request_id)
-            exchange.fast_request, exchange.known_body = fast_request, fast_request.error or fast_request.body
-        await self.handle(exchange, may_be_last=scope.get("http_version") != HTTP_2)
+        given = find_header(scope["headers"], REQUEST_ID)
+        await self.handle(AsgiExchange(scope, receive, send, request_id=request_id_of(given)))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -163,7 +141,7 @@ class Application(Worker):
 
     async def _start_asgi(self) -> None:
         await self.start()
-        self.open_asgi(asyncio.get_running_loop())
+        self.is_open = True
 
 
 def _refuse_wsgi(start_response: Callable[[str, list[tuple[str, str]]], object]) -> list[bytes]:

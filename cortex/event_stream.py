@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
-from cortex._fast.response_writer import ResponseWriter
+from cortex._fast.response_writer import Writer
 from cortex.http_io import ClientDisconnectedError, EndedByDisconnect, Exchange, Header
 from cortex.wire.errors import ApiError
 
@@ -89,7 +89,7 @@ class EventStream:
         self.started = False
         self.writes_at_once = exchange.writes_at_once
         """Whether :meth:`write_now` may be used."""
-        self.writer: ResponseWriter | None = None
+        self.writer: Writer | None = None
         """Writer that :meth:`write_now` uses, after its first call."""
         self._exchange = exchange
         self._heartbeat = heartbeat

@@ -29,6 +29,7 @@ from cortex.config import AccessSettings, Config, CountersKind, Price, StoreKind
 from cortex.dashboard import assets
 from cortex.dashboard.feed import Feed
 from cortex.dialects import openapi, registry
+from cortex.dialects.dialect import Dialect
 from cortex.dialects.registry import RESPONSES
 from cortex.endpoints import Endpoints, reply_error
 from cortex.errors import GatewayStoppedError
@@ -47,6 +48,8 @@ from cortex.metrics import (
     folder_of_workers,
     forget_dead_workers,
 )
+from cortex.pipeline.access import AccessRules
+from cortex.pipeline.request import Pipeline
 from cortex.request_log import Line, RequestLog
 from cortex.responses.background import Background
 from cortex.responses.conversations import Conversations
@@ -132,8 +135,25 @@ class Gateway:
         self.request_log = RequestLog(self.metrics)
         dispatcher = self.service.dispatcher
         self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher, self.supervisor)
-        self._inference = inference = Inference(settings, offered, dispatcher, self.request_log, self.authenticator)
         hook = ResponsesHook(self._responses, self._background, self.authenticator)
+        self._inference = Inference(settings, offered, dispatcher, self.request_log, self.authenticator, hook)
+        self._accesses = AccessRules(
+            self.authenticator,
+            self.service,
+            lambda: self.settings,
+            lambda: self.offered,
+            lambda: self.guard,
+            lambda: self.capture.key,
+        )
+        self._pipeline = Pipeline(
+            find_access=self._accesses.find,
+            steps=self._inference.infer,
+            choose=dispatcher.choose,
+            heartbeat=self._inference.heartbeat,
+            gateway=self,
+            breakers=dispatcher.breakers,
+            deaths=dispatcher.deaths,
+        )
         admin = Admin(self.service, reload, config_error, self.supervisor)
         changes = ModelAdmin(self.service, reload, added_models)
         self._usage = UsageRecorder(usage.make(self._store, settings.store.usage_days), self._price_of, self.supervisor)
@@ -158,10 +178,7 @@ class Gateway:
         stored = ResponseEndpoints(self._responses, self._background)
         named = ConversationEndpoints(self._conversations)
         self._paths: Mapping[str, Methods] = {
-            **{
-                dialect.path: {"POST": inference.endpoint(dialect, hook if dialect.name == RESPONSES.name else None)}
-                for dialect in registry.DIALECTS
-            },
+            **{dialect.path: {"POST": self._endpoint(dialect)} for dialect in registry.DIALECTS},
             "/v1/conversations": {"POST": counted(named.create)},
             "/v1/models": {"GET": endpoints.models},
             "/health": {"GET": endpoints.health},
@@ -212,6 +229,15 @@ class Gateway:
                 {"GET": counted(named.item), "DELETE": counted(named.delete_item)},
             ),
         )
+
+    def _endpoint(self, dialect: Dialect) -> Endpoint:
+        """Return the endpoint of a dialect for requests that had to be examined."""
+
+        async def answer(exchange: Exchange) -> None:
+            access = self._accesses.of(dialect, principal_of(exchange.caller))
+            await self._pipeline.request(exchange, access).serve()
+
+        return answer
 
     def _counted(self, endpoint: Endpoint) -> Endpoint:
         """Return an endpoint that needs no node but counts as a request of its key."""
@@ -342,6 +368,10 @@ class Gateway:
         """Answer one request."""
         exchange.body_timeout_s = self.settings.gateway.body_timeout_s
         try:
+            request = self._pipeline.begin(exchange)
+            if request is not None:
+                await request.serve()
+                return
             if exchange.path.startswith(API) and exchange.method != "OPTIONS":
                 exchange.extra_headers.update(self.guard.cors(exchange.header(b"origin")))
             endpoint = self._let_in(exchange)

@@ -1,11 +1,12 @@
 """HTTP exchange of both daemons: bounded body, one reply or one stream, client disconnects.
 
-The exchange runs over ASGI; a gateway's also over RSGI (:mod:`cortex.rsgi_io`). It handles neither routes nor dialects.
-A disconnect cancels the work behind the response at once.
+The exchange runs over ASGI; a gateway's also over RSGI (:mod:`cortex.server.rsgi_io`). It handles neither routes nor
+dialects. A disconnect cancels the work behind the response at once.
 """
 
 import abc
 import asyncio
+import time
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -20,10 +21,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-from cortex._fast.response_writer import ResponseWriter
+from cortex._fast.response_writer import Writer
 from cortex.body_encoding import TAKEN, decoded
 from cortex.request_body import BODY_TIMEOUT_S, read_at_most
-from cortex.wire.errors import ApiError, BodyTooLargeError, SlowBodyError, UnsupportedEncodingError
+from cortex.wire.errors import BodyTooLargeError, SlowBodyError, UnsupportedEncodingError
 from cortex.wire.headers import REQUEST_ID
 
 Scope = MutableMapping[str, Any]
@@ -53,26 +54,23 @@ class Exchange(abc.ABC):
         self.query = query
         self._client = client
         self.request_id = request_id
-        self.caller: object = None
-        """Principal of the request, set by the layer that authenticates."""
-        self.origin: object = None
-        """Connection that the request is a message of, if it came in no request of HTTP."""
-        self.status = 0
-        """HTTP status that was sent, 0 before that."""
-        self.loop: asyncio.AbstractEventLoop | None = None
-        """Event loop of the exchange, if known: looking it up costs a system call."""
-        self.fast_request: object = None
-        """State of a request that began on the fast path."""
-        self.known_body: bytes | ApiError | None = None
-        """Body, if it was read before, or the error of reading it."""
-        self.body_timeout_s = BODY_TIMEOUT_S
-        """Timeout of the body; see :mod:`cortex.request_body`."""
-        self.is_alone = True
-        """Whether its connection carries one request at a time."""
         self.extra_headers: dict[bytes, bytes] = {}
         """Headers of every response to the request, beside its own; a stream's are sent with its first bytes."""
-        self.is_last = False
-        """Whether the response announces the end of its connection."""
+
+    caller: object = None
+    """Principal of the request, set by the layer that authenticates."""
+    origin: object = None
+    """Connection that the request is a message of, if it came in no request of HTTP."""
+    status = 0
+    """HTTP status that was sent, 0 before that."""
+    loop: asyncio.AbstractEventLoop | None = None
+    """Event loop of the exchange, if known: looking it up costs a system call."""
+    body_timeout_s = BODY_TIMEOUT_S
+    """Timeout of the body; see :mod:`cortex.request_body`."""
+    is_alone = True
+    """Whether its connection carries one request at a time."""
+    is_last = False
+    """Whether the response announces the end of its connection."""
 
     @property
     def client(self) -> str:
@@ -82,6 +80,11 @@ class Exchange(abc.ABC):
     @abc.abstractmethod
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name, or ``None``."""
+
+    def text_header(self, name: str) -> str | None:
+        """Return a request header by its lower-case name, as text, or ``None``."""
+        value = self.header(name.encode())
+        return None if value is None else value.decode("latin-1")
 
     async def read_body(self, limit_bytes: int) -> bytes:
         """Return the whole body. A connection whose body is not read to its end is closed.
@@ -93,12 +96,9 @@ class Exchange(abc.ABC):
             ApiError: its content encoding cannot be decoded.
         """
         try:
-            declared = self.check_length(limit_bytes)
-            if isinstance(self.known_body, ApiError):
-                raise self.known_body
-            if self.known_body is not None:
-                return self.known_body
-            return await self.decode(await self._read(declared, limit_bytes), limit_bytes)
+            body = await self._read(self.check_length(limit_bytes), limit_bytes)
+            encoding = self.text_header("content-encoding")
+            return body if encoding is None else await self.decode(body, encoding, limit_bytes)
         except (BodyTooLargeError, SlowBodyError):
             self.is_last = self.is_last or self.is_alone
             raise
@@ -126,11 +126,11 @@ class Exchange(abc.ABC):
         """
 
     writes_at_once = False
-    """Whether :meth:`start_now` may be used: streams are started and written to without waiting."""
+    """Whether the writer of :meth:`start_now` waits only for clients that do not read."""
 
-    def start_now(self, headers: Sequence[Header] = ()) -> ResponseWriter:
-        """Send status 200 and the headers of an event stream; return its writer."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def start_now(self, headers: Sequence[Header] = ()) -> Writer:
+        """Send status 200 and the headers of an event stream, or do so with the first bytes; return its writer."""
 
     @abc.abstractmethod
     async def finish(self) -> None:
@@ -142,13 +142,10 @@ class Exchange(abc.ABC):
         read.
         """
 
-    async def decode(self, body: bytes, limit_bytes: int) -> bytes:
+    async def decode(self, body: bytes, encoding: str, limit_bytes: int) -> bytes:
         """Return a body without its content encoding. Raises as :func:`cortex.body_encoding.decoded`."""
-        encoding = self.header(b"content-encoding")
-        if encoding is None:
-            return body
         try:
-            return await decoded(body, encoding.decode("latin-1"), limit_bytes)
+            return await decoded(body, encoding, limit_bytes)
         except UnsupportedEncodingError:
             self.extra_headers[b"accept-encoding"] = TAKEN.encode()
             raise
@@ -159,7 +156,7 @@ class Exchange(abc.ABC):
         Raises:
             BodyTooLargeError: it is more than ``limit_bytes``.
         """
-        declared = self.header(b"content-length")
+        declared = self.text_header("content-length")
         if declared is None or not declared.isdigit():
             return None
         if len(declared) > 18:
@@ -205,6 +202,8 @@ class AsgiExchange(Exchange):
         self._send = send
         self._sends_head_only = self.method == "HEAD"
         self.is_alone = scope.get("http_version") != "2"
+        self._held_head: list[Header] | None = None
+        """Headers of a stream that go out with its first bytes."""
 
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name, or ``None``."""
@@ -229,10 +228,22 @@ class AsgiExchange(Exchange):
 
     async def write(self, data: bytes) -> None:
         """Send some bytes of a started stream."""
+        await self._send_held_head()
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def start_now(self, headers: Sequence[Header] = ()) -> Writer:
+        """Return the writer of a stream; status 200 and its headers go out with the first bytes."""
+        self._held_head = [*STREAM_HEADERS, *headers]
+        return AsgiWriter(self)
+
+    async def _send_held_head(self) -> None:
+        head, self._held_head = self._held_head, None
+        if head is not None:
+            await self._start(200, head)
 
     async def finish(self) -> None:
         """End a started stream."""
+        await self._send_held_head()
         await self._send({"type": "http.response.body", "body": b""})
 
     def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
@@ -259,6 +270,18 @@ class AsgiExchange(Exchange):
         if self.is_last:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+class AsgiWriter(Writer):
+    """Writer of a stream over ASGI: every write is waited for."""
+
+    def __init__(self, exchange: AsgiExchange) -> None:
+        self._exchange = exchange
+
+    def write(self, data: bytes) -> Coroutine[Any, Any, None]:
+        """Return the coroutine that sends some bytes."""
+        self.written_at = time.monotonic()
+        return self._exchange.write(data)
 
 
 class EndedByDisconnect:

@@ -12,13 +12,12 @@ import time
 from collections.abc import Mapping
 
 from cortex import config, logs, reload, systemd, tracing
-from cortex._fast.fast_path import FastRequest
 from cortex._fast.scheduling import set_slices
 from cortex.access import local
-from cortex.ending import Ending, server_addresses
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange
 from cortex.memory import give_back_now_and_then
+from cortex.server.ending import Ending, server_addresses
 from cortex.settings import split_address, url_of
 from cortex.wire import VERSION
 
@@ -87,19 +86,16 @@ class Worker:
         start = self.gateway.supervisor.start
         self._tasks = [start("systemd pulse", systemd.stay_alive), start("give back memory", give_back_now_and_then)]
 
-    async def handle(self, exchange: Exchange, *, may_be_last: bool = True) -> None:
-        """Answer a request; during shutdown close its connection afterwards, if ``may_be_last``."""
+    async def handle(self, exchange: Exchange) -> None:
+        """Answer a request; during shutdown close its connection afterwards, if it carries no other."""
         ending = self.ending
-        exchange.is_last = ending.has_begun and may_be_last
+        exchange.is_last = ending.has_begun and exchange.is_alone
         ending.num_running += 1
         try:
             await self.gateway.handle(exchange)
         finally:
             ending.num_running -= 1
             ending.last_at = time.monotonic()
-            if exchange.fast_request is not None:
-                assert isinstance(exchange.fast_request, FastRequest)
-                exchange.fast_request.give_up()  # unless the slow path took it
 
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""

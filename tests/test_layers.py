@@ -21,10 +21,10 @@ Graph = Mapping[str, set[str]]
 LAYERS = tuple(
     """
 cortex._fast cortex._fast.buffer cortex._fast.clock cortex._fast.in_flight cortex._fast.prefix_index
-cortex._fast.scheduling cortex._fast.watches cortex.build_identity cortex.console cortex.dialects.schema cortex.ending
-cortex.extras cortex.fleet.policies cortex.loop_lag cortex.memory cortex.settings cortex.supervise cortex.systemd
-cortex.wire cortex.worker_signals neuron.cpu_kernels neuron.device.channel neuron.device.driver neuron.formats
-neuron.text.gguf_rules neuron.text.pieces neuron.text.token_bytes
+cortex._fast.scheduling cortex._fast.watches cortex.build_identity cortex.console cortex.dialects.schema cortex.extras
+cortex.fleet.policies cortex.loop_lag cortex.memory cortex.settings cortex.supervise cortex.systemd cortex.wire
+neuron.cpu_kernels neuron.device.channel neuron.device.driver neuron.formats neuron.text.gguf_rules neuron.text.pieces
+neuron.text.token_bytes
 
 cortex cortex._fast.event_fields cortex._fast.log_fields cortex._fast.peek cortex._fast.response_writer
 cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.dialects.chat.chunks cortex.dialects.openai_errors
@@ -35,8 +35,7 @@ cortex._fast.chat_events cortex._fast.chat_stream cortex._fast.http_client corte
 cortex._fast.usage_scanner cortex.access cortex.dialects.envelope cortex.http_io cortex.logs neuron.device
 neuron.harness neuron.layers neuron.text.matcher
 
-cortex.asgi_io cortex.dialects.messages.errors cortex.event_stream cortex.send_window neuron.batch
-neuron.engine_settings neuron.metrics
+cortex.dialects.messages.errors cortex.event_stream cortex.server neuron.batch neuron.engine_settings neuron.metrics
 
 cortex._fast.messages_stream neuron.config neuron.models
 
@@ -44,23 +43,22 @@ cortex.dialects neuron.load neuron.text.tekken
 
 cortex._fast.record cortex.config neuron.api_description neuron.call_headers neuron.text.tokenizer
 
-cortex._fast.stream_forwarder cortex.gateway_client cortex.known_models cortex.metrics cortex.store cortex.upstream
-neuron.engine neuron.text
+cortex.gateway_client cortex.known_models cortex.metrics cortex.store cortex.upstream neuron.engine neuron.text
 
 cortex.agents cortex.chat_client cortex.fleet cortex.load_watch cortex.local_daemons cortex.preflight
 cortex.request_log cortex.responses neuron.generation
 
-cortex._fast.fast_path cortex.admin cortex.capture cortex.chat cortex.endpoints cortex.launch cortex.operate
-cortex.preparation cortex.reload cortex.stream_forwarding cortex.usage_recorder neuron.torch_model
+cortex.admin cortex.capture cortex.chat cortex.endpoints cortex.launch cortex.operate cortex.pipeline
+cortex.preparation cortex.reload cortex.usage_recorder neuron.torch_model
 
 cortex.admin_keys cortex.admin_models cortex.admin_usage cortex.catalogue_commands cortex.dashboard cortex.demo
-cortex.inference cortex.key_commands cortex.rsgi_io cortex.run neuron.torch_harness
+cortex.inference cortex.key_commands cortex.run neuron.torch_harness
 
 cortex.api_description cortex.cli neuron.service
 
 cortex.gateway neuron.node_api
 
-cortex.fast_path cortex.worker neuron.api
+cortex.worker neuron.api
 
 cortex.asgi neuron.cli
 """.strip().split("\n\n")

@@ -34,9 +34,9 @@ from cortex._fast.http_client import Connection
 from cortex.access.keys import KeyRing, Limits, Principal
 from cortex.asgi import Application
 from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, StoreSettings
-from cortex.ending import Ending
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
+from cortex.server.ending import Ending
 from cortex.worker import collect_seldom
 
 NOWHERE = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process is there

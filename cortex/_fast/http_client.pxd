@@ -1,10 +1,6 @@
 cimport cython
 
 
-cdef class Sink:
-    cdef object push(self, bytes data)
-
-
 cdef class Listener:
     cdef int notify(self, Response response) except -1
 
@@ -19,7 +15,6 @@ cdef class Response:
     cdef readonly Py_ssize_t unread_bytes
     cdef object waiter
     cdef object error
-    cdef object sink
     cdef object loop
     cdef Listener listener
 

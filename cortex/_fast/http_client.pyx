@@ -89,17 +89,6 @@ cdef bint has_break(bytes text) noexcept:
     return memchr(<const char*>text, c"\n", len(text)) != NULL or memchr(<const char*>text, c"\r", len(text)) != NULL
 
 
-cdef inline object push(object sink, bytes data):
-    return (<Sink>sink).push(data) if isinstance(sink, Sink) else sink(data)
-
-
-cdef class Sink:
-    """Compiled receiver of a response's bytes, in place of a function; see :meth:`Response.forward`."""
-
-    cdef object push(self, bytes data):
-        return None
-
-
 cdef class Listener:
     """Observer of a response, notified in place of a waiting coroutine."""
 
@@ -110,9 +99,7 @@ cdef class Listener:
 
 @cython.final
 cdef class Response:
-    """Response of a node: after :meth:`begin`, ``status`` and ``headers`` are set, and the body comes by :meth:`read`
-    or
-    :meth:`forward`.
+    """Response of a node: after :meth:`begin`, ``status`` and ``headers`` are set, and the body comes by :meth:`read`.
 
     Close it, or read it to its end.
     """
@@ -185,37 +172,6 @@ cdef class Response:
                 raise TooLongAnswerError(f"The node's answer is longer than the {limit_bytes} bytes that are read.")
         return bytes(body)
 
-    async def forward(self, sink):
-        """Pass the rest of the body to ``sink``, each piece in the same loop iteration in which it arrives.
-
-        ``sink``, a function or a :class:`Sink`, takes bytes and returns ``None``, or a coroutine to be awaited before
-        it gets more. Meanwhile the socket is read no further than a read and ``BUFFER_BYTES``.
-
-        Raises:
-            UpstreamError: as :meth:`read`. An exception of ``sink`` ends the response and is raised here too.
-        """
-        while True:
-            while self.chunks:
-                pause = push(sink, self.take())
-                if pause is not None:
-                    await pause
-            if self.connection is None:
-                if self.error is not None:
-                    raise self.error
-                return
-            self.sink = sink
-            waiter = self.something()
-            try:
-                pause = await waiter
-            except asyncio.CancelledError:
-                if not waiter.cancelled() and waiter.exception() is None and waiter.result() is not None:
-                    waiter.result().close()  # it lost the race against the cancellation
-                raise
-            finally:
-                self.sink = None
-            if pause is not None:
-                await pause
-
     cpdef object end_within(self, double limit_s):
         """Limit the time for the rest of the response."""
         if self.connection is not None:
@@ -237,7 +193,7 @@ cdef class Response:
             yield chunk
 
     cdef object something(self):
-        """Return a future that is done when data or the end has arrived; with a sink, when it has to be awaited."""
+        """Return a future that is done when data or the end has arrived."""
         self.waiter = waiter = self.loop.create_future()
         return waiter
 
@@ -252,31 +208,11 @@ cdef class Response:
     # ------------------------------------------------------------ from the connection
 
     cdef int deliver(self) except -1:
-        """Deliver the data of a read to the listener, the sink or the waiting reader."""
-        cdef object pause = None
+        """Deliver the data of a read, or the end, to the listener or the waiting reader."""
         if self.listener is not None:
             self.listener.notify(self)
-            return 0
-        if self.waiter is None or self.waiter.done():
-            return 0
-        if self.sink is not None and self.chunks:
-            try:
-                pause = push(self.sink, self.take())
-            except Exception as error:
-                if not self.waiter.done():
-                    self.waiter.set_exception(error)
-                    self.waiter.exception()  # seen, as above
-                self.close()
-                return 0
-            if self.waiter.done():  # its reader was cancelled meanwhile
-                if pause is not None:
-                    pause.close()
-                return 0
-            if pause is None and self.connection is not None:
-                return 0
-        elif not self.chunks and self.connection is not None:
-            return 0
-        self.waiter.set_result(pause)
+        elif self.waiter is not None and not self.waiter.done() and (self.chunks or self.connection is None):
+            self.waiter.set_result(None)
         return 0
 
     cdef int ended(self, error) except -1:

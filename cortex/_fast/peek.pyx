@@ -166,16 +166,6 @@ cdef class Peek:
     plain ASCII; the last is ``...`` where there are more. ``refused`` has the top-level names that may be refused.
     """
 
-    cdef readonly str model
-    cdef readonly Py_ssize_t model_start
-    cdef readonly Py_ssize_t model_end
-    cdef readonly bint stream
-    cdef readonly str previous_response_id
-    cdef readonly str prompt_cache_key
-    cdef readonly bint stores
-    cdef readonly tuple unknown
-    cdef readonly tuple refused
-
     def __repr__(self):
         return (
             f"Peek(model={self.model!r}, stream={self.stream}, previous_response_id={self.previous_response_id!r}, "

@@ -12,9 +12,14 @@ cdef class WriteCoalescer:
     cpdef object bypass(self)
 
 
+cdef class Writer:
+    cdef public double written_at
+
+    cpdef object write(self, bytes data)
+
+
 @cython.final
-cdef class ResponseWriter:
-    cdef readonly double written_at
+cdef class ResponseWriter(Writer):
     cdef readonly Py_ssize_t sent_bytes
     cdef public Py_ssize_t limit_bytes
     cdef object send
@@ -22,5 +27,3 @@ cdef class ResponseWriter:
     cdef bint is_tls
     cdef bint counts_framing
     cdef WriteCoalescer coalescer
-
-    cpdef object write(self, bytes data)

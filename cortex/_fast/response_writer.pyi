@@ -2,6 +2,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, final
 
+from typing_extensions import disjoint_base
+
 COALESCE_S: Final[float]
 BYPASS_S: Final[float]
 
@@ -11,11 +13,14 @@ class WriteCoalescer:
     def bypass(self) -> None: ...
     def end(self) -> None: ...
 
+@disjoint_base
+class Writer:
+    written_at: float
+    def write(self, data: bytes) -> Coroutine[Any, Any, None] | None: ...
+
 @final
-class ResponseWriter:
+class ResponseWriter(Writer):
     limit_bytes: int
-    @property
-    def written_at(self) -> float: ...
     @property
     def sent_bytes(self) -> int: ...
     def __init__(
@@ -28,5 +33,4 @@ class ResponseWriter:
         is_tls: bool,
         counts_framing: bool = True,
     ) -> None: ...
-    def write(self, data: bytes) -> Coroutine[Any, Any, None] | None: ...
     def close(self) -> None: ...

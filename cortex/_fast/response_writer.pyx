@@ -1,4 +1,4 @@
-"""Writer of a started stream, over a server that queues without limit."""
+"""Writers of a started stream, and the one over a server that queues without limit."""
 
 cimport cython
 from posix.time cimport CLOCK_MONOTONIC, nanosleep, timespec
@@ -57,13 +57,21 @@ cdef class WriteCoalescer:
         self.begun_at = seconds_of(CLOCK_MONOTONIC)
 
 
+cdef class Writer:
+    """Writer of a started stream. ``written_at`` is the time of its last write, by the loop's clock."""
+
+    cpdef object write(self, bytes data):
+        """Send some bytes; return the coroutine to await before sending more, if any."""
+        raise NotImplementedError
+
+
 @cython.final
-cdef class ResponseWriter:
+cdef class ResponseWriter(Writer):
     """Writer that counts the bytes it gives to ``send``, with framing: exact in the clear, never too low over TLS.
 
     Without ``counts_framing`` framing is left out, so that the count is never too high. Bytes beyond ``limit_bytes``
     are still sent; ``wait`` is then called with the writer and returns the coroutine to await before more is sent.
-    ``written_at`` is the time of the last write, by the loop's clock. Each write marks the ``coalescer``.
+    Each write marks the ``coalescer``.
     """
 
     def __init__(self, send, wait, Py_ssize_t limit_bytes, WriteCoalescer coalescer not None, *, bint is_tls,

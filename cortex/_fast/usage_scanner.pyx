@@ -19,11 +19,6 @@ from cortex._fast.sse cimport sse_field, sse_event_length, sse_next_line, scan_l
 from cortex._fast import sse
 
 cdef extern from "json_walk.h":
-    ctypedef struct json_member:
-        const uint8_t* key
-        const uint8_t* key_end
-        const uint8_t* value
-        const uint8_t* value_end
     const uint8_t* json_space(const uint8_t* p, const uint8_t* end) nogil
     const uint8_t* json_open(const uint8_t* p, const uint8_t* end, uint8_t bracket) nogil
     const uint8_t* json_skip_value(const uint8_t* p, const uint8_t* end) nogil
@@ -32,41 +27,9 @@ cdef extern from "json_walk.h":
     bint json_key_is(const json_member* member, const char* name) nogil
     const uint8_t* scan_usage_key(const uint8_t* p, const uint8_t* end) nogil
 
-cdef enum:
-    PROBE_BYTES = 64
-
-# What an event is by its name. The first is for data that has no name, or one that no dialect gives a meaning.
-cdef enum Kind:
-    UNNAMED
-    TOKEN        # generated content
-    MESSAGE      # Anthropic's message_start and message_delta: may carry usage
-    COMPLETED    # the last event of a Responses stream, with the response in it
-    FAILED       # the same, with an error
-    STOP         # the last event of a Messages stream
-    ERROR
-    OTHER        # known, and of no interest
-
-
 @cython.final
 cdef class UsageScanner:
     """Scanner that returns whole SSE events and keeps first token, usage and end of the stream."""
-
-    cdef readonly bint first_token
-    cdef readonly Py_ssize_t num_token_events
-    cdef readonly bytes usage
-    cdef readonly bint terminated
-    cdef readonly bint failed
-    cdef readonly bint malformed
-
-    cdef Buffer held
-    cdef Buffer joined
-    cdef size_t max_event_bytes
-    cdef bint checks
-    cdef size_t resume
-    cdef bint started
-    cdef uint8_t probe[PROBE_BYTES]
-    cdef Py_ssize_t probe_length
-    cdef Py_ssize_t probe_offset
 
     def __init__(self, size_t max_event_bytes=sse.MAX_EVENT_BYTES, bint checks=False):
         self.held = Buffer()
@@ -79,7 +42,7 @@ cdef class UsageScanner:
         """Bytes held back: the beginning of an unfinished SSE event, empty between events."""
         return self.held.slice(0, self.held.size)
 
-    def feed(self, bytes data not None):
+    cpdef bytes feed(self, bytes data):
         """Return the bytes of the SSE events that ``data`` completes, unchanged.
 
         Returns ``data`` itself where it is whole events, and ``b""`` where it completes none. A CR at the very end

@@ -4,11 +4,12 @@ What a client is sent goes out first and is noted then; beyond its limit of byte
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
 
+from cortex._fast.response_writer import Writer
 from cortex.http_io import Exchange, Header
 from cortex.wire.headers import REQUEST_ID
 
@@ -66,7 +67,6 @@ class CapturedExchange(Exchange):
         self._room_bytes = room_bytes
         self._begun_s = time.monotonic()
         self.caller, self.loop, self.origin = inner.caller, inner.loop, inner.origin
-        self.fast_request, self.known_body = inner.fast_request, inner.known_body
         self.body_timeout_s, self.is_alone, self.is_last = inner.body_timeout_s, inner.is_alone, inner.is_last
         self.extra_headers = inner.extra_headers
         headers = {name: value.decode("latin-1") for name in NOTED_HEADERS if (value := inner.header(name.encode()))}
@@ -108,6 +108,11 @@ class CapturedExchange(Exchange):
         self._note_answer(data)  # its time is that of the event, not of the client's reading it
         await self._inner.write(data)
 
+    def start_now(self, headers: Sequence[Header] = ()) -> Writer:
+        """Send status 200 and the headers of an event stream; return its writer."""
+        self._begin_answer(200, headers)
+        return _CapturedWriter(self._inner.start_now(headers), self._note_answer)
+
     async def finish(self) -> None:
         """End a started stream."""
         await self._inner.finish()
@@ -140,3 +145,17 @@ class CapturedExchange(Exchange):
 
     def _elapsed_s(self) -> float:
         return round(time.monotonic() - self._begun_s, 6)
+
+
+class _CapturedWriter(Writer):
+    """Writer that notes what it passes on to another one, at the time of the event."""
+
+    def __init__(self, inner: Writer, note: Callable[[bytes], None]) -> None:
+        self._inner = inner
+        self._note = note
+
+    def write(self, data: bytes) -> Coroutine[Any, Any, None] | None:
+        self._note(data)
+        pause = self._inner.write(data)
+        self.written_at = self._inner.written_at
+        return pause

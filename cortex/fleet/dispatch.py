@@ -104,13 +104,24 @@ class Dispatcher:
         message = f"No node has the model {name!r}, and {', '.join(unpolled)} has not answered yet."
         return NoNodeError(message, retry_after_s=RETRY_RECOVERY_S)
 
-    def only_replica(self, model: str, dialect: str) -> str | None:
-        """Return the only node that serves a model, if it has the dialect and takes the body unchanged."""
+    def replicas(self, model: str, dialect: str) -> tuple[str, ...]:
+        """Return the nodes that serve a model; none unless each has the dialect and takes the body unchanged."""
         serving = self._fleet.state.serving.get(model, ())
-        if len(serving) != 1 or serving[0].name in self._names_there or not self._catalogue.admits(model):
-            return None
-        discovery = serving[0].discovery
-        return serving[0].name if discovery is not None and dialect in discovery.dialects else None
+        if not self._catalogue.admits(model):
+            return ()
+        for node in serving:
+            if node.name in self._names_there or node.discovery is None or dialect not in node.discovery.dialects:
+                return ()
+        return tuple(node.name for node in serving)
+
+    def choose(self, model: str, body: bytes, cache_key: str | None, principal: str) -> tuple[str, Choice] | None:
+        """Return the best of several replicas at once, and the choice, which is told when the node has begun to answer.
+
+        ``None`` where that takes more than a moment: no node has the model, or a circuit has had a failure.
+        """
+        choice = self._choices.begin(model, body, cache_key, principal)
+        node = self._ready(model, NO_NODES, choice)
+        return None if node is None else (node, choice)
 
     def load_progress(self, model: str) -> float | None:
         """Return the progress of the load that requests for ``model`` wait for; ``None`` if there is none."""
@@ -147,7 +158,7 @@ class Dispatcher:
         for _ in range(MAX_ATTEMPTS):
             response: Response | None = None
             if begun is not None:
-                (node, in_flight_request, response), begun = begun, None
+                (node, in_flight_request, response, choice), begun = begun, None
                 is_chat, sent_at = False, request.arrived_at
             else:
                 if choice is None and len(self._fleet.state.serving.get(model, ())) > 1:

@@ -10,6 +10,7 @@ from cortex._fast.http_client import Response
 from cortex._fast.in_flight import InFlightRequest
 from cortex.errors import CutAnswerError, TooLongAnswerError
 from cortex.fleet.breaker import Breakers
+from cortex.fleet.choice import Choice
 from cortex.fleet.deaths import Deaths
 from cortex.upstream import Header
 from cortex.wire.errors import UpstreamError
@@ -42,8 +43,8 @@ class NodeRequest(msgspec.Struct, frozen=True):
     """Name of the model in the client's request; empty: its id."""
     on_node: Callable[[str], None] = lambda node: None
     """Callback for each node to which the request is sent."""
-    take_begun: Callable[[], tuple[str, InFlightRequest, Response] | None] = lambda: None
-    """Function that takes over a request already sent: the node, the request in flight, and its response."""
+    take_begun: Callable[[], tuple[str, InFlightRequest, Response, Choice | None] | None] = lambda: None
+    """Function that takes over a request already sent: the node, the request in flight, its response, the choice."""
 
 
 @dataclass(slots=True)

@@ -2,12 +2,10 @@
 
 import asyncio
 import contextlib
-import inspect
 import pathlib
 import socket
 import threading
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 from daemons import free_port
@@ -400,31 +398,6 @@ def test_no_history_leaks_a_connection(history: list[str]) -> None:
         await until(lambda: len(list(FDS.iterdir())) <= before)
 
     asyncio.run(story())
-
-
-async def test_a_sinks_awaitable_is_dropped_when_its_reader_is_cancelled_at_that_moment() -> None:
-    async def two_pieces(received: Received, line: Line) -> None:
-        await line.start_stream()
-        await line.chunk(b"1")
-        await asyncio.sleep(0.05)
-        await line.chunk(b"2")
-
-    waits = []
-
-    def sink(data: bytes) -> Coroutine[Any, Any, None] | None:
-        if data == b"1":
-            return None
-        reading.cancel()
-        waits.append(asyncio.sleep(5))
-        return waits[0]
-
-    async with pool_to(two_pieces) as (pool, _):
-        response = await pool.request(b"POST", b"/v1/x")
-        reading = asyncio.ensure_future(response.forward(sink))
-        with pytest.raises(asyncio.CancelledError):
-            await reading
-        response.close()
-    assert inspect.getcoroutinestate(waits[0]) == inspect.CORO_CLOSED
 
 
 async def test_a_connection_that_was_idle_for_too_long_gives_its_place_to_the_next(

@@ -13,7 +13,7 @@ import atheris
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 
 with atheris.instrument_imports(
-    include=["cortex.dialects", "cortex.fleet.refusals", "cortex.responses.background", "cortex.stream_forwarding"]
+    include=["cortex.dialects", "cortex.fleet.refusals", "cortex.responses.background", "cortex.inference"]
 ):
     from hostile_wire import Checker, wire
 

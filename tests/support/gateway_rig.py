@@ -28,10 +28,10 @@ from cortex.config import (
     StoreSettings,
     Timeouts,
 )
-from cortex.ending import Ending
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
 from cortex.http_io import AsgiExchange
+from cortex.server.ending import Ending
 from cortex.wire.headers import REQUEST_ID, request_id_of
 
 QUICK = Polling(interval_s=0.05, timeout_s=3, max_backoff_s=0.2)  # a busy machine may hold everything up for a second
@@ -60,7 +60,7 @@ class Rig:
         self._serve: Any = self._common
         if interface == "asgi":
             self._serve = application(gateway)
-            self._serve.open_asgi(asyncio.get_running_loop())
+            self._serve.is_open = True
         elif interface == "rsgi":
             called = application(gateway)
             called.open_rsgi(asyncio.get_running_loop())

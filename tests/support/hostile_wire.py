@@ -16,9 +16,9 @@ from cortex.dialects.registry import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS
 from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import to_chat
 from cortex.fleet.refusals import find_error, read_error, wrong_head
+from cortex.pipeline.node_stream import NodeStream
 from cortex.responses.background import Run
 from cortex.responses.stored import StoredResponses
-from cortex.stream_forwarding import DialectForwarder
 from cortex.wire.errors import ApiError
 
 DIALECTS = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS, COUNT_TOKENS, INPUT_TOKENS)
@@ -236,7 +236,7 @@ class Checker:
             read = dialect.read(body)
             if read is not None and read[0] is not None:
                 assert min(read[0].counts()) >= 0
-            self._forward(DialectForwarder(Record("r", dialect.name)), pieces, dialect)
+            self._forward(Record("r", dialect.name), pieces, dialect)
             if dialect in ASKED:
                 _refusable(lambda dialect=dialect: self._translate(dialect, body, pieces))  # type: ignore[misc]
         _refusable(lambda: [RenamedStream("x").sse_events(piece) for piece in pieces])
@@ -245,21 +245,22 @@ class Checker:
         if run.ended:
             assert isinstance(run.is_answer, bool)
 
-    def _forward(self, forwarder: DialectForwarder, pieces: list[bytes], dialect: Any) -> None:
+    def _forward(self, record: Record, pieces: list[bytes], dialect: Any) -> None:
+        node_stream = NodeStream(record)
         passed = b""
 
         def take() -> None:
             nonlocal passed
             for piece in pieces:
-                passed += forwarder.take(piece)
-                forwarder.check()
+                passed += node_stream.take(piece)
+                node_stream.check()
 
         _refusable(take)
         assert b"".join(pieces).startswith(passed)
-        forwarder.record_end(dialect)
-        assert min(forwarder.record.counts()) >= 0
-        assert "\n" not in forwarder.record.finish
-        dialect.failure(error_info(), forwarder.first, b"".join(forwarder.tail))
+        node_stream.record_end(dialect)
+        assert min(record.counts()) >= 0
+        assert "\n" not in record.finish
+        dialect.failure(error_info(), node_stream.first, node_stream.last)
 
     def _translate(self, dialect: Any, body: bytes, pieces: list[bytes]) -> None:
         asked = to_chat(dialect, ASKED[dialect] % b"")

@@ -14,9 +14,9 @@ from unittest import mock
 
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
-from cortex import rsgi_io
 from cortex._fast.response_writer import ResponseWriter
 from cortex.http_io import ClientDisconnectedError, asgi_left, asgi_pieces
+from cortex.server import rsgi_io
 
 WINDOW_BYTES = 1024
 
@@ -120,7 +120,7 @@ class Transport:
 
 
 class SendWindow:
-    """Stands in for :class:`cortex.send_window.SendWindow`."""
+    """Stands in for :class:`cortex.server.send_window.SendWindow`."""
 
     protocols: ClassVar[dict[str, Protocol]] = {}
 

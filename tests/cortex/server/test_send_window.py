@@ -9,7 +9,7 @@ import pytest
 
 from cortex._fast.response_writer import ResponseWriter, WriteCoalescer
 from cortex.http_io import ClientDisconnectedError
-from cortex.send_window import FREE_BYTES, WINDOW_BYTES, SendWindow
+from cortex.server.send_window import FREE_BYTES, WINDOW_BYTES, SendWindow
 
 PIECE = bytes(1024)
 

@@ -1,8 +1,8 @@
 """HTTP exchanges and WebSockets over RSGI, Granian's own interface.
 
 Granian queues a stream without limit, so that back-pressure has to come from elsewhere: a stream goes on while its
-:class:`~cortex.send_window.SendWindow` allows, or over HTTP/2, where streams share a connection, its
-:class:`~cortex.send_window.SharedSendWindow`. Granian reports a client's disconnect only when asked
+:class:`~cortex.server.send_window.SendWindow` allows, or over HTTP/2, where streams share a connection, its
+:class:`~cortex.server.send_window.SharedSendWindow`. Granian reports a client's disconnect only when asked
 (:mod:`cortex._fast.watches`).
 """
 
@@ -13,12 +13,11 @@ from typing import Any
 
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
-from cortex._fast.fast_path import FastRequest
 from cortex._fast.response_writer import ResponseWriter, WriteCoalescer
 from cortex._fast.watches import Watches
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header
-from cortex.request_body import WHOLE_BYTES, read_at_most, read_whole
-from cortex.send_window import FREE_BYTES, FREE_SHARED_BYTES, SendWindow, SharedSendWindow
+from cortex.request_body import WHOLE_BYTES, Deadline, read_at_most
+from cortex.server.send_window import FREE_BYTES, FREE_SHARED_BYTES, SendWindow, SharedSendWindow
 from cortex.wire import headers as names
 
 TextHeader = tuple[str, str]
@@ -31,20 +30,14 @@ _REQUEST_ID = names.REQUEST_ID.decode()
 class RsgiExchange(Exchange):
     """A request that came over RSGI."""
 
-    def __init__(
-        self, scope: Any, protocol: Any, watches: Watches, coalescer: WriteCoalescer, fast_request: FastRequest | None
-    ) -> None:
-        """``fast_request`` is the request's state if it began on the fast path."""
+    def __init__(self, scope: Any, protocol: Any, watches: Watches, coalescer: WriteCoalescer) -> None:
         headers = scope.headers
-        if fast_request is None:
-            given = headers.get(_REQUEST_ID)
-            id = names.request_id_of(None if given is None else given.encode())
-        else:
-            id = fast_request.record.request_id
+        given = headers.get(_REQUEST_ID)
+        id = names.request_id_of(None if given is None else given.encode())
         super().__init__(scope.method, scope.path, scope.query_string.encode(), scope.client, id)
         self.loop = watches.loop
         self._scope = scope
-        self._headers = headers
+        self.text_header = headers.get  # type: ignore[method-assign] # a call less for each header
         self._protocol = protocol
         self._watches = watches
         self._coalescer = coalescer
@@ -53,10 +46,7 @@ class RsgiExchange(Exchange):
         """Send window of the connection, if other exchanges share it."""
         if scope.http_version == HTTP_2:
             self._shared = SharedSendWindow.for_connection(scope.client, scope.server)
-        self.fast_request = fast_request
-        if fast_request is not None:
-            self.known_body = fast_request.error or fast_request.body
-        self.is_alone = scope.http_version != "2"
+            self.is_alone = False
 
     @property
     def client(self) -> str:
@@ -65,7 +55,7 @@ class RsgiExchange(Exchange):
 
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name, or ``None``."""
-        value: str | None = self._headers.get(name.decode())
+        value: str | None = self.text_header(name.decode())
         if value is None and name == b"host":
             value = getattr(self._scope, "authority", None)  # as HTTP/2 has it
         return None if value is None else value.encode()
@@ -73,7 +63,9 @@ class RsgiExchange(Exchange):
     async def _read(self, declared: int | None, limit_bytes: int) -> bytes:
         try:
             if declared is not None and declared <= WHOLE_BYTES:
-                return await read_whole(declared, self._protocol(), self.body_timeout_s)
+                with Deadline(self._watches.loop, self.body_timeout_s, declared):
+                    body: bytes = await self._protocol()
+                    return body
             return await read_at_most(limit_bytes, self._pieces(), self.body_timeout_s)
         except ProtocolClosed:
             raise ClientDisconnectedError from None

@@ -19,7 +19,7 @@ from answers import CHAT_STREAM
 from fake_node import FakeNode, Line, Received, answer
 from gateway_rig import until, write_config
 
-from cortex import ending
+from cortex.server import ending
 from cortex.wire.node import ModelSpec, ModelStatus
 
 BIN = pathlib.Path(sys.executable).parent
@@ -293,7 +293,7 @@ def test_a_signal_between_the_start_and_the_first_request_is_not_forgotten(
 def test_only_sockets_that_listen_for_clients_are_taken_away() -> None:
     code = """
 import socket
-from cortex import ending
+from cortex.server import ending
 clients, metrics = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
 ports = [one.getsockname()[1] for one in (clients, metrics)]
 caller = socket.create_connection(("127.0.0.1", ports[0]))

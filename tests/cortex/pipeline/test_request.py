@@ -1,4 +1,4 @@
-"""The fast path: the plainest requests take it, with the same result, and a request that leaves it is answered."""
+"""A request is answered at once where nothing but its node has to be waited for, by steps else."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-from answers import CHAT_ANSWER
+from answers import CHAT_ANSWER, CHAT_STREAM
 from asgi_call import Call
 from fake_node import FakeNode, Line, Received, answer, error
 from gateway_rig import CHAT, Rig, rig, until
@@ -14,6 +14,7 @@ from key_rig import KEY, ring
 
 from cortex.access.keys import KeyRing, Limits, Principal
 from cortex.config import Timeouts
+from cortex.fleet.node_request import NodeRequest, NodeResponse
 
 LARGE = json.dumps({"choices": [{"message": {"content": "x" * 300_000}, "finish_reason": "stop"}]}).encode()
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}
@@ -24,18 +25,19 @@ INTERFACES = "asgi", "rsgi"
 by_each = pytest.mark.parametrize("interface", INTERFACES)
 
 
-class SlowPath:
-    """Counts the requests of a gateway that go the slow path, for some of it at least."""
+class Steps:
+    """Counts the requests of a gateway that are not answered at once."""
 
     def __init__(self, gateway: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        handle = gateway.gateway.handle
+        dispatcher = gateway.gateway.service.dispatcher
+        ask = dispatcher.ask
 
-        async def counted(exchange: Any) -> None:
+        async def counted(request: NodeRequest) -> NodeResponse:
             self.count += 1
-            await handle(exchange)
+            return await ask(request)
 
-        monkeypatch.setattr(gateway.gateway, "handle", counted)
+        monkeypatch.setattr(dispatcher, "ask", counted)
 
 
 async def warm(gateway: Rig, **fields: Any) -> None:
@@ -43,48 +45,40 @@ async def warm(gateway: Rig, **fields: Any) -> None:
     assert (await gateway.chat(**fields).end()).status == 200
 
 
-async def observed(gateway: Rig, neuron: FakeNode, caplog: pytest.LogCaptureFixture, **request: Any) -> dict[str, Any]:
-    """Send a request twice; return the response, log line and counters of the second."""
-    await warm(gateway)
-    neuron.requests.clear()
-    caplog.clear()
-    call = await gateway.call("POST", "/v1/chat/completions", **request).end()
-    await until(lambda: gateway.metric("cortex_requests_total", **LABELS) >= 2)
-    (record,) = (record for record in caplog.records if record.name == "cortex.request" and record.fields["id"] == "r2")
-    fields = {name: value for name, value in record.fields.items() if name != "total_s"}
-    assert record.fields["total_s"] > 0
-    (received,) = neuron.requests
-    counted = {name: gateway.metric(name, **LABELS) for name in COUNTERS}
-    counted["durations"] = gateway.metric(
-        "cortex_request_duration_seconds_count", **{k: v for k, v in LABELS.items() if k != "status"}
-    )
-    received_headers = {name: value for name, value in received.headers.items() if name != "host"}
-    return {"status": call.status, "headers": call.headers, "body": call.body, "received": received_headers,
-            "received_body": received.body, "log": fields, "counted": counted}  # fmt: skip
-
-
-LABELS = {"model": "m", "node": "a", "dialect": "openai-chat", "status": "200"}
-COUNTERS = ("cortex_requests_total",)
-
-
+@by_each
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("alias", [False, True])
-async def test_both_paths_have_the_same_result(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, alias: bool
+async def test_a_request_is_answered_at_once_and_recorded(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, interface: str, alias: bool, stream: bool
 ) -> None:
     caplog.set_level(logging.INFO, "cortex")
     keys = ring((KEY, Principal("k", ("*",), priority=3)), anonymous=Principal())
-    seen = []
-    for interface in ("slow", *INTERFACES):
-        neuron = FakeNode("a").ready("m")
-        async with rig(neuron, keys=keys, aliases={"other": "m"}, interface=interface) as gateway:
-            request = {"body": {**CHAT, "model": "other" if alias else "m"}}
-            request["headers"] = {"x-request-id": "r2", **AUTHORIZED}
-            seen.append(await observed(gateway, neuron, caplog, **request))
-            slow = SlowPath(gateway, monkeypatch)
-            assert (await gateway.call("POST", "/v1/chat/completions", **request).end()).status == 200
-            assert slow.count == (interface == "slow")
-            assert gateway.in_flight == 0
-    assert seen[0] == seen[1] == seen[2]
+    neuron = FakeNode("a").ready("m")
+    async with rig(neuron, keys=keys, aliases={"other": "m"}, interface=interface) as gateway:
+        await warm(gateway)
+        neuron.requests.clear()
+        steps = Steps(gateway, monkeypatch)
+        body = {**CHAT, "model": "other" if alias else "m", "stream": stream}
+        headers = {"x-request-id": "r2", "traceparent": f"00-{'1' * 32}-{'2' * 16}-01", **AUTHORIZED}
+        call = await gateway.call("POST", "/v1/chat/completions", body, headers).end()
+        assert (call.status, steps.count, gateway.in_flight) == (200, 0, 0)
+        assert call.headers["x-request-id"] == call.headers["request-id"] == "r2"
+        assert call.body == (b"".join(CHAT_STREAM) if stream else CHAT_ANSWER)
+        (received,) = neuron.requests
+        assert json.loads(received.body) == {**body, "model": "m"}
+        expected = {"x-request-id": "r2", "x-cortex-principal": "k", "x-cortex-priority": "3"}
+        assert expected.items() <= received.headers.items()
+        assert received.headers["traceparent"] == headers["traceparent"]
+        assert received.headers.get("x-cortex-model-name") == ("other" if alias else None)
+        gateway.gateway.metrics.fold()
+        (line,) = (
+            found.fields for found in caplog.records if found.name == "cortex.request" and found.fields["id"] == "r2"
+        )
+        shown = {name: line[name] for name in ("key", "model", "node", "status", "stream", "finish")}
+        assert shown == {"key": "k", "model": "m", "node": "a", "status": 200, "stream": stream, "finish": "stop"}
+        assert line["tokens_in"]
+        assert line["trace"] == "1" * 32
+        assert ("ttft_s" in line) == stream
 
 
 @by_each
@@ -97,41 +91,88 @@ async def test_both_paths_have_the_same_result(
         ("/v1/messages/count_tokens", {**CHAT}),
     ],
 )
-async def test_which_requests_it_is_for(
+async def test_which_requests_are_answered_at_once(
     monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], interface: str
 ) -> None:
     neuron = FakeNode("a").ready("m")
     async with rig(neuron, interface=interface) as gateway:
         await warm(gateway)
-        slow = SlowPath(gateway, monkeypatch)
-        call = await gateway.call("POST", path, body).end()
-        assert (call.status, slow.count) == (200, 0)
-        for otherwise in ({"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}, {"content-length": ""}):
+        steps = Steps(gateway, monkeypatch)
+        for otherwise in ({}, {"content-length": ""}):
             assert (await gateway.call("POST", path, body, otherwise).end()).status == 200
-        assert (await gateway.call("POST", path, {**body, "stream": True}).end()).status == 200
+        assert steps.count == 0
+        assert (await gateway.call("POST", path, {**body, "unheard_of": 1}).end()).status == 200
         assert (await gateway.call("POST", "/v1/responses", {"model": "m", "input": "Hi"}).end()).status == 200
-        assert slow.count == 4
+        assert steps.count == 2
 
 
 @by_each
-async def test_a_busy_fleet_goes_the_slow_path(monkeypatch: pytest.MonkeyPatch, interface: str) -> None:
-    """Several nodes have to be compared, or no node has an idle connection."""
+async def test_of_several_replicas_the_less_busy_is_chosen_at_once(
+    monkeypatch: pytest.MonkeyPatch, interface: str
+) -> None:
+    go = asyncio.Event()
 
+    async def held(received: Received, line: Line) -> None:
+        await go.wait()
+        await answer(received, line)
+
+    neurons = [FakeNode(name, script=held).ready("m") for name in "ab"]
+    async with rig(*neurons, interface=interface) as gateway:
+        for _ in range(2):
+            calls = [gateway.chat(user=f"{number}") for number in range(4)]
+            await until(lambda: all(len(neuron.requests) >= 2 for neuron in neurons))
+            assert gateway.gateway.fleet.in_flight.by_node == {"a": 2, "b": 2}
+            go.set()
+            assert [(await call.end()).status for call in calls] == [200] * 4
+            go.clear()
+            for neuron in neurons:
+                neuron.requests.clear()
+            steps = Steps(gateway, monkeypatch)
+        calls = [gateway.chat(user=f"{number}") for number in range(4)]
+        await until(lambda: gateway.in_flight == 4)
+        go.set()
+        assert [(await call.end()).status for call in calls] == [200] * 4
+        assert steps.count == 0
+
+
+@by_each
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_key_with_limits_is_served_at_once_and_settled(
+    monkeypatch: pytest.MonkeyPatch, interface: str, stream: bool
+) -> None:
+    limits = Limits(requests_per_minute=3, max_concurrent=1, tokens_per_window=100_000)
+    neuron = FakeNode("a").ready("m")
+    async with rig(neuron, keys=ring((KEY, Principal("k", limits=limits))), interface=interface) as gateway:
+
+        async def send() -> int:
+            return (
+                await gateway.call("POST", "/v1/chat/completions", {**CHAT, "stream": stream}, AUTHORIZED).end()
+            ).status
+
+        assert await send() == 200
+        steps = Steps(gateway, monkeypatch)
+        assert [await send() for _ in range(3)] == [200, 200, 429]
+        assert steps.count == 0
+        use = await gateway.gateway.authenticator.rate_limiter.usage("k", limits)
+        assert (use.requests, use.running) == (3, 0)
+        assert use.tokens > 0
+
+
+@by_each
+async def test_a_request_without_an_idle_connection_goes_by_steps(
+    monkeypatch: pytest.MonkeyPatch, interface: str
+) -> None:
     async def slow(received: Received, line: Line) -> None:
         await asyncio.sleep(0.05)
         await answer(received, line)
 
-    neurons = FakeNode("a", script=slow).ready("m"), FakeNode("b").ready("n"), FakeNode("c").ready("n")
-    async with rig(*neurons, interface=interface) as gateway:
-        for model in "mn":
-            await warm(gateway, model=model)
-        slow = SlowPath(gateway, monkeypatch)
-        await warm(gateway, model="n")
-        assert slow.count == 1
-        calls = [gateway.chat(model="m") for _ in range(4)]
+    async with rig(FakeNode("a", script=slow).ready("m"), interface=interface) as gateway:
+        await warm(gateway)
+        steps = Steps(gateway, monkeypatch)
+        calls = [gateway.chat() for _ in range(4)]
         for call in calls:
             assert (await call.end()).status == 200
-        assert slow.count == 4
+        assert steps.count == 3
         assert gateway.in_flight == 0
 
 
@@ -197,40 +238,31 @@ async def byte_by_byte(received: Received, line: Line) -> None:
         await asyncio.sleep(0)
 
 
+@by_each
 @pytest.mark.parametrize(
-    "script",
+    ("script", "status", "num_sent"),
     [
-        cut_in_the_middle,
-        silence,
-        reset,
-        nonsense,
-        in_pieces,
-        large,
-        of_another_type,
-        byte_by_byte,
-        error(400, "bad"),
-        error(404, "model_not_found"),
-        error(429, "slow_down", "retry-after: 3"),
-        error(500, "broken"),
-        error(503, "busy"),
+        (cut_in_the_middle, 502, 2),
+        (silence, 504, 2),
+        (reset, 502, 3),
+        (nonsense, 502, 2),
+        (in_pieces, 200, 2),
+        (large, 200, 2),
+        (of_another_type, 200, 2),
+        (byte_by_byte, 200, 2),
+        (error(400, "bad"), 400, 2),
+        (error(404, "model_not_found"), 503, 9),
+        (error(429, "slow_down", "retry-after: 3"), 429, 2),
+        (error(500, "broken"), 500, 2),
+        (error(503, "busy"), 503, 2),
     ],
 )
-async def test_requests_that_leave_it_end_as_on_the_slow_path(script: Any) -> None:
-    seen = []
-    for interface in ("slow", *INTERFACES):
-        call, gateway, neuron = await end_of(script, interface, timeouts=Timeouts(first_byte_s=0.2, answer_s=0.2))
-        counters = gateway.gateway.metrics
-        samples = {
-            (sample.name, *sorted(sample.labels.items())): sample.value
-            for counter in (counters.requests, counters.retries, counters.tokens_out)
-            for metric in counter.collect()
-            for sample in metric.samples
-            if not sample.name.endswith("_created")
-        }
-        failures = {key: state.failures for key, state in gateway.gateway.service.dispatcher.breakers._states.items()}
-        body = call.body.replace(str(neuron.port).encode(), b"PORT")
-        seen.append((call.status, call.headers, body, len(neuron.requests), samples, failures))
-    assert seen[0] == seen[1] == seen[2]
+async def test_an_answer_that_is_none_is_judged_by_steps(
+    script: Any, status: int, num_sent: int, interface: str
+) -> None:
+    call, _, neuron = await end_of(script, interface, timeouts=Timeouts(first_byte_s=0.2, answer_s=0.2))
+    assert (call.status, len(neuron.requests)) == (status, num_sent)
+    assert call.headers["x-request-id"] == "r"
 
 
 @by_each
@@ -246,9 +278,9 @@ async def test_a_connection_that_has_gone_stale_is_replaced_in_silence(
     async with rig(neuron, interface=interface) as gateway:
         await warm(gateway)
         neuron.script = drop
-        slow = SlowPath(gateway, monkeypatch)
+        steps = Steps(gateway, monkeypatch)
         assert (await gateway.chat().end()).status == 200
-        assert (slow.count, len(neuron.requests)) == (1, 3)
+        assert (steps.count, len(neuron.requests)) == (1, 3)
         assert gateway.metric("cortex_upstream_retries_total", node="a", reason="upstream_connection_lost") == 0
         assert gateway.in_flight == 0
 
