@@ -29,8 +29,8 @@ from cortex.wire.responses_events import LAST
 log = logging.getLogger("cortex.responses")
 
 LEASE_S = 30.0
-RENEW_S = 2.0
-"""Duration of a lease, and time between renewals; a cancellation elsewhere takes effect within a second."""
+RENEW_S = 1.0
+"""Duration of a lease, and time between renewals, when a cancellation elsewhere takes effect."""
 
 LOOK_S = 0.5
 """Time between reads of the store for a followed run of another gateway."""
@@ -40,21 +40,16 @@ MAX_BYTES = 64 * 1024 * 1024
 
 
 class _Event(msgspec.Struct):
-    response: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    response: msgspec.Raw = msgspec.Raw(b"")
 
-    @property
-    def status(self) -> str:
-        if self.response is msgspec.UNSET:
-            return ""
-        return msgspec.json.decode(self.response.get("status", msgspec.Raw(b'""')), type=str)
 
-    def __post_init__(self) -> None:
-        if self.response is not msgspec.UNSET and not self.status:
-            raise ValueError("a response without a status")
+class _Response(msgspec.Struct):
+    status: str
 
 
 _ENDS = frozenset({"completed", "incomplete", "failed", "cancelled"})
 _EVENT = msgspec.json.Decoder(_Event)
+_RESPONSE = msgspec.json.Decoder(_Response)
 
 
 class Run:
@@ -87,12 +82,12 @@ class Run:
             if self._size_bytes > MAX_BYTES:
                 raise TooLongAnswerError(f"The response is longer than the {MAX_BYTES} bytes that are kept of one.")
             peek(sse_event.data)  # all of it must be JSON
-            event = _EVENT.decode(sse_event.data)
+            response = bytes(_EVENT.decode(sse_event.data).response)
+            status = _RESPONSE.decode(response).status if response else ""
             ended = (sse_event.event or b"").decode("latin-1") in LAST
-            if ended and event.status not in _ENDS:
+            if ended and status not in _ENDS:
                 raise NotAnAnswerError("The node ended a response without saying how it ended.")
-            if event.response is not msgspec.UNSET:
-                response = msgspec.json.encode(event.response)
+            if response:
                 if ended:
                     self.output = output_of(response)  # read by a request that continues it
                 self.response = response
@@ -324,17 +319,16 @@ class Background:
             log.exception("response %s was not kept", run.id)
 
     async def _renew(self, run: Run, pending: PendingResponse) -> None:
-        """Renew the lease until cancelled; cancel the run if the store says so."""
-        renewed_at = self._clock()
+        """Renew the lease until cancelled; cancel the run if it has none: it was cancelled or deleted elsewhere."""
+        stored = run.response
         while True:
-            await asyncio.sleep(RENEW_S / 2)
+            await asyncio.sleep(RENEW_S)
             with suppress(ApiError):
-                stored = await run.owned.find(run.id)
-                if isinstance(stored, StoredResponse) and not stored.lease_until:
+                if not await run.owned.renew(run.id, self._clock() + LEASE_S):
                     run.cancel()
                     return
-                if self._clock() - renewed_at >= RENEW_S:
-                    renewed_at = self._clock()
+                if run.response is not stored and not run.ended:  # it is in progress
+                    stored = run.response
                     await run.owned.put(run.id, self._lease(pending, run))
 
     def _lease(self, pending: PendingResponse, run: Run) -> StoredResponse:

@@ -76,6 +76,10 @@ class Chains:
             raise store_error(StoreError("there is none"))
         await _answered(self._store.put(self.owner, id, record))
 
+    async def renew(self, id: str, lease_until: float) -> bool:
+        """Renew the lease of a record; return false if it has none. Raises :class:`StoreUnavailableError`."""
+        return self._store is not None and await _answered(self._store.renew(self.owner, id, lease_until))
+
     async def forget(self, id: str) -> bool:
         """Delete a record; return whether it existed. Raises :class:`StoreUnavailableError`."""
         if self._store is None or _ID.fullmatch(id) is None:

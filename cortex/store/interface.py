@@ -9,6 +9,7 @@ import logging
 from typing import NamedTuple, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 log = logging.getLogger("cortex.store")
 
@@ -87,20 +88,27 @@ def to_row(record: Record) -> Row:
     match record:
         case StoredConversation():
             return Row("", b"", 0, _ENCODER.encode(record))
-        case StoredResponse() | StoredItems():
-            lease_until = record.lease_until if isinstance(record, StoredResponse) else 0
-            rest = _ENCODER.encode(msgspec.structs.replace(record, items=b""))
-            return Row(record.previous, record.items, lease_until, rest)
+        case StoredItems():
+            return Row(record.previous, record.items, 0, _ENCODER.encode(replace(record, items=b"")))
+        case StoredResponse():
+            rest = _ENCODER.encode(replace(record, items=b"", lease_until=0))
+            return Row(record.previous, record.items, record.lease_until, rest)
 
 
-def from_row(items: bytes, rest: bytes) -> Record | None:
+def from_row(row: Row) -> Record | None:
     """Return the record of a stored form; ``None`` for other bytes, which count as absent."""
     try:
-        record = _DECODER.decode(rest)
+        record = _DECODER.decode(row.rest)
     except (msgspec.MsgspecError, TypeError, ValueError, RecursionError):
         _log_damaged()
         return None
-    return record if isinstance(record, StoredConversation) else msgspec.structs.replace(record, items=items)
+    match record:
+        case StoredConversation():
+            return record
+        case StoredItems():
+            return replace(record, items=row.items)
+        case StoredResponse():
+            return replace(record, items=row.items, lease_until=row.lease_until)
 
 
 @functools.cache
@@ -129,6 +137,9 @@ class RecordStore(Protocol):
 
     async def put(self, owner: str, id: str, record: Record) -> None:
         """Store a record, and keep those of its chain for as long. Raises :class:`StoreFullError`."""
+
+    async def renew(self, owner: str, id: str, lease_until: float) -> bool:
+        """Give the lease of a record another end; return false if the record has no lease, or is absent."""
 
     async def delete(self, owner: str, id: str) -> bool:
         """Delete a record; return whether :meth:`get` would have returned it."""

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from cortex.store.clock import StoreClock
-from cortex.store.interface import Link, Record, StoreError, StoreFullError, from_row, to_row
+from cortex.store.interface import Link, Record, Row, StoreError, StoreFullError, from_row, to_row
 
 log = logging.getLogger("cortex.store")
 
@@ -124,9 +124,10 @@ class SqliteStore:
         """Return a record that has not expired."""
 
         def read(connection: sqlite3.Connection) -> Record | None:
-            statement = "SELECT items, rest FROM records WHERE owner = ? AND id = ? AND expires_at > ?"
+            columns = "SELECT previous, items, lease_until, rest FROM records"
+            statement = f"{columns} WHERE owner = ? AND id = ? AND expires_at > ?"
             row = connection.execute(statement, (owner, id, self._clock())).fetchone()
-            return None if row is None else from_row(*row)
+            return None if row is None else from_row(Row(*row))
 
         return await self.run(read)
 
@@ -210,6 +211,18 @@ class SqliteStore:
             richest = connection.execute("SELECT owner FROM owner_sizes ORDER BY size_bytes DESC").fetchone()[0]
             if not (forget(richest, excess) or forget(owner, excess)):
                 break
+
+    async def renew(self, owner: str, id: str, lease_until: float) -> bool:
+        """Give the lease of a record another end."""
+
+        def write(connection: sqlite3.Connection) -> bool:
+            with connection:
+                change = "UPDATE records SET lease_until = ?, expires_at = ?"
+                statement = f"{change} WHERE owner = ? AND id = ? AND lease_until > 0"
+                values = lease_until, self._clock() + self._ttl_s, owner, id
+                return connection.execute(statement, values).rowcount > 0
+
+        return await self.run(write)
 
     async def delete(self, owner: str, id: str) -> bool:
         """Delete a record."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
-from cortex.store.interface import Link, Record, StoreError, from_row, to_row
+from cortex.store.interface import Link, Record, Row, StoreError, from_row, to_row
 
 if TYPE_CHECKING:
     from redis.asyncio.client import Pipeline
@@ -41,6 +41,11 @@ while previous and previous ~= '' and left > 0 do
     previous, left = redis.call('HGET', prefix .. previous, 'previous'), left - 1
 end
 """
+RENEW = """
+if tonumber(redis.call('HGET', KEYS[1], 'lease_until') or '0') == 0 then return 0 end
+redis.call('HSET', KEYS[1], 'lease_until', ARGV[1])
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
 MAX_REFRESHED = 10_000
 """Greatest number of records whose life a write extends; more than any chain has."""
 
@@ -63,7 +68,7 @@ class ValkeyStore:
             self._client = client.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
         except ValueError as error:
             raise StoreError(f"{url}: {error}") from None
-        self._chain, self._put = map(self._client.register_script, (CHAIN, PUT))
+        self._chain, self._put, self._renew = map(self._client.register_script, (CHAIN, PUT, RENEW))
 
     async def open(self) -> None:
         """Check that the server answers."""
@@ -71,8 +76,9 @@ class ValkeyStore:
 
     async def get(self, owner: str, id: str) -> Record | None:
         """Return a record that has not expired."""
-        items, rest = await self._do(lambda: self._client.hmget(_prefix(owner) + id, ["items", "rest"]))
-        return None if rest is None else from_row(items, rest)
+        names = ["previous", "items", "lease_until", "rest"]
+        previous, items, lease, rest = await self._do(lambda: self._client.hmget(_prefix(owner) + id, names))
+        return None if rest is None else from_row(Row(previous.decode(), items, float(lease), rest))
 
     async def chain(self, owner: str, id: str, *, max_records: int, max_bytes: int) -> list[Link]:
         """Return the chain that ends with a record, in one round trip."""
@@ -96,6 +102,11 @@ class ValkeyStore:
             self._failed_at_s = time.monotonic()
             raise
         self._failed_at_s = -math.inf
+
+    async def renew(self, owner: str, id: str, lease_until: float) -> bool:
+        """Give the lease of a record another end, in one round trip."""
+        args = [lease_until, self._ttl_ms]
+        return bool(await self._do(lambda: self._renew(keys=[_prefix(owner) + id], args=args)))
 
     async def delete(self, owner: str, id: str) -> bool:
         """Delete a record."""

@@ -189,17 +189,9 @@ def begin_and_kill(node: daemons.Daemon, folder: pathlib.Path, kept: str) -> Res
 def expire_leases(path: str) -> None:
     import sqlite3
 
-    import msgspec
-
-    from cortex.store.interface import from_row, to_row
-
     connection = sqlite3.connect(path)
-    running = "SELECT id, items, rest FROM records WHERE lease_until > 0"
     with connection:
-        for id, items, rest in connection.execute(running).fetchall():
-            expired = to_row(msgspec.structs.replace(from_row(items, rest), lease_until=time.time() - 1))  # type: ignore[type-var]
-            statement = "UPDATE records SET lease_until = ?, rest = ? WHERE id = ?"
-            connection.execute(statement, (expired.lease_until, expired.rest, id))
+        connection.execute("UPDATE records SET lease_until = ? WHERE lease_until > 0", (time.time() - 1,))
     connection.close()
 
 

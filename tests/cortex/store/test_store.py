@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import AsyncIterator, Callable
 
+import msgspec
 import pytest
 from daemons import free_port
 
@@ -99,6 +100,20 @@ async def test_a_record_of_each_kind_comes_back(make: Make, record: Record) -> N
         assert await kept.get("alice", "x_1") == record, "and an id of both is two records"
         assert await kept.delete("alice", "x_1")
         assert await kept.delete("bob", "x_1")
+
+
+async def test_a_lease_that_has_ended_is_not_renewed(make: Make) -> None:
+    async with opened(make()) as kept:
+        assert not await kept.renew("alice", "x_2", 9.5)
+        await kept.put("alice", "x_2", msgspec.structs.replace(response("a"), lease_until=1.5))
+        assert await kept.renew("alice", "x_2", 9.5)
+        found = await kept.get("alice", "x_2")
+        assert isinstance(found, StoredResponse)
+        assert found.lease_until == 9.5
+        assert [link.lease_until for link in await kept.chain("alice", "x_2", max_records=9, max_bytes=9)] == [9.5]
+        await kept.put("alice", "x_2", response("cancelled elsewhere"))
+        assert not await kept.renew("alice", "x_2", 99.5)
+        assert await kept.get("alice", "x_2") == response("cancelled elsewhere")
 
 
 async def test_a_chain_is_read_in_one_query(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
