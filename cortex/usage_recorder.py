@@ -10,6 +10,7 @@ import datetime
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from cortex.config import Price
 from cortex.request_log import Line
@@ -20,10 +21,17 @@ from cortex.supervise import Supervisor
 log = logging.getLogger("cortex.usage")
 
 WRITE_INTERVAL_S = 1.0
-MAX_PENDING_LINES = 4096
-"""Lines after which those that wait are added up."""
 TASK = "usage"
 """Name of the task, and of the component that is degraded while the store cannot be written to."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    requests: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    tokens_cached: int = 0
+    last_used_s: float = 0.0
 
 
 class UsageRecorder:
@@ -36,7 +44,10 @@ class UsageRecorder:
         self._store = store
         self._price_of = price_of
         self._supervisor = supervisor or Supervisor()
-        self._pending: list[UsageRow] = []
+        self._new: dict[tuple[int, str, str], _Sums] = {}
+        """Sums since the last write, by day (since 1970), key and model."""
+        self._unwritten: list[UsageRow] = []
+        """Rows that a failed write has left."""
         self._lock = threading.Lock()  # the thread of a metrics scrape records too
         self._writing = asyncio.Lock()
         self._is_failing = False
@@ -47,20 +58,33 @@ class UsageRecorder:
         return self._store.persists
 
     def record(self, lines: Sequence[Line]) -> None:
-        """Take the log lines of ended requests, for the next :meth:`write`."""
-        rows = []
-        for at, fields in lines:
-            if not fields["node"]:
-                continue
-            model = fields["model"]
-            tokens_in, tokens_out, cached = (fields.get(f"tokens_{name}", 0) for name in ("in", "out", "cached"))
-            cost = cost_of(self._price_of(model), tokens_in, tokens_out, cached)
-            row = UsageRow(day_of(at), fields.get("key", ""), model, 1, tokens_in, tokens_out, cached, cost, at)
-            rows.append(row)
+        """Take the log lines of ended requests, for the next :meth:`write`. Costs 0.4 us a line."""
         with self._lock:
-            self._pending += rows
-            if len(self._pending) > MAX_PENDING_LINES:
-                self._pending = total(self._pending)
+            for at_s, fields in lines:
+                if not fields["node"]:
+                    continue
+                place = int(at_s // DAY_S), fields.get("key", ""), fields["model"]
+                sums = self._new.get(place)
+                if sums is None:
+                    sums = self._new[place] = _Sums()
+                sums.requests += 1
+                sums.last_used_s = at_s
+                if "tokens_in" in fields:
+                    tokens_in = fields["tokens_in"]
+                    sums.tokens_in += tokens_in
+                    sums.tokens_out += fields["tokens_out"]
+                    sums.tokens_cached += min(fields["tokens_cached"], tokens_in)
+
+    def _take(self) -> list[UsageRow]:
+        """Return what is not written yet, with the cost of what is new."""
+        with self._lock:
+            new, self._new = self._new, {}
+            rows, self._unwritten = self._unwritten, []
+        for (day, key, model), sums in new.items():
+            tokens = sums.tokens_in, sums.tokens_out, sums.tokens_cached
+            cost = cost_of(self._price_of(model), *tokens)
+            rows.append(UsageRow(_day(day), key, model, sums.requests, *tokens, cost, sums.last_used_s))
+        return total(rows)
 
     async def run(self) -> None:
         """Write at an interval, until cancelled."""
@@ -79,15 +103,13 @@ class UsageRecorder:
 
     async def _write(self) -> None:
         async with self._writing:
-            with self._lock:
-                rows, self._pending = total(self._pending), []
+            rows = self._take()
             if not rows:
                 return
             try:
                 await self._store.add(rows)
             except BaseException as error:
-                with self._lock:
-                    self._pending = total([*rows, *self._pending])
+                self._unwritten = rows
                 if isinstance(error, StoreError) and not self._is_failing:
                     log.error("use cannot be written, and is kept in memory until it can: %s", error)
                 self._mark(is_failing=True)
@@ -114,17 +136,20 @@ class UsageRecorder:
 
 
 def cost_of(price: Price | None, tokens_in: int, tokens_out: int, tokens_cached: int) -> float:
-    """Return the US dollars of a request; 0 without a price."""
+    """Return the US dollars of so many tokens; 0 without a price. ``tokens_cached`` are of ``tokens_in``."""
     if price is None:
         return 0.0
     cached = price.input if price.cached_input is None else price.cached_input
-    tokens_cached = min(tokens_cached, tokens_in)
     return ((tokens_in - tokens_cached) * price.input + tokens_cached * cached + tokens_out * price.output) / 1e6
 
 
 def day_of(at_s: float) -> str:
     """Return the day of a Unix time, in UTC."""
-    return datetime.date.fromordinal(_EPOCH + int(at_s // DAY_S)).isoformat()
+    return _day(int(at_s // DAY_S))
+
+
+def _day(number: int) -> str:
+    return datetime.date.fromordinal(_EPOCH + number).isoformat()
 
 
 _EPOCH = datetime.date(1970, 1, 1).toordinal()

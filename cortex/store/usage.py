@@ -201,7 +201,8 @@ _COUNTS = ("requests", "tokens_in", "tokens_out", "tokens_cached")
 class ValkeyUsage:
     """A hash for each day in the Valkey of the responses, a set of the days, and a hash of each key's last use.
 
-    A field of a day's hash is the JSON array of a number's name, the key and the model. The hash expires by itself.
+    A field of a day's hash is the JSON array of a number's name, the key and the model. The hash expires by itself. A
+    write that the server made and whose answer was lost counts twice.
     """
 
     persists = True
