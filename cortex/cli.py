@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cortex import (
     __version__,
+    capture_commands,
     catalogue_commands,
     demo,
     gateway_client,
@@ -95,6 +96,7 @@ def command_line() -> argparse.ArgumentParser:
     catalogue_commands.add_commands(commands)
     operate.add_commands(commands)
     key_commands.add_commands(commands)
+    capture_commands.add_commands(commands)
     launch.add_command(commands)
     demo.add_command(commands)
     return parser

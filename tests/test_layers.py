@@ -51,8 +51,8 @@ cortex.request_log cortex.responses neuron.generation
 cortex.admin cortex.capture cortex.chat cortex.endpoints cortex.launch cortex.operate cortex.pipeline
 cortex.preparation cortex.reload cortex.usage_recorder neuron.torch_model
 
-cortex.admin_keys cortex.admin_models cortex.admin_usage cortex.catalogue_commands cortex.dashboard cortex.demo
-cortex.inference cortex.key_commands cortex.run neuron.torch_harness
+cortex.admin_keys cortex.admin_models cortex.admin_usage cortex.capture_commands cortex.catalogue_commands
+cortex.dashboard cortex.demo cortex.inference cortex.key_commands cortex.run neuron.torch_harness
 
 cortex.api_description cortex.cli neuron.service
 

@@ -5,13 +5,13 @@ _cortex() {
     case "$previous" in
         --config|--key-file|--ca-file) mapfile -t COMPREPLY < <(compgen -f -- "$current"); return ;;
         --by) mapfile -t COMPREPLY < <(compgen -W 'key model day' -- "$current"); return ;;
-        --listen|--metrics-listen|--workers|--url|--context|--node|--id|--system|--set|--drain-timeout|--models|--priority|--requests-per-minute|--max-concurrent|--tokens-per-window|--balance-tokens|--window|--expires|--from|--to|--key|--model|--small-model) return ;;
+        --listen|--metrics-listen|--workers|--url|--context|--node|--id|--system|--set|--drain-timeout|--models|--priority|--requests-per-minute|--max-concurrent|--tokens-per-window|--balance-tokens|--window|--expires|--from|--to|--key|--model|--minutes|--size|--small-model) return ;;
     esac
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case "$word" in serve|run|pull|show|rm|ps|search|status|models|load|unload|forget|pin|drain|dashboard|reload|keys|usage|launch|demo) command="$word"; break ;; esac
+        case "$word" in serve|run|pull|show|rm|ps|search|status|models|load|unload|forget|pin|drain|dashboard|reload|keys|usage|capture|launch|demo) command="$word"; break ;; esac
     done
     case "$command" in
-        '') mapfile -t COMPREPLY < <(compgen -W 'serve run pull show rm ps search status models load unload forget pin drain dashboard reload keys usage launch demo -h --help --version' -- "$current") ;;
+        '') mapfile -t COMPREPLY < <(compgen -W 'serve run pull show rm ps search status models load unload forget pin drain dashboard reload keys usage capture launch demo -h --help --version' -- "$current") ;;
         serve) mapfile -t COMPREPLY < <(compgen -W '-h --help --config --listen --metrics-listen --workers --check' -- "$current") ;;
         run) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --context --node --id --system --set --json --no-start' -- "$current") ;;
         pull) mapfile -t COMPREPLY < <(compgen -W '-h --help --json --url --config --key-file --ca-file --context --node --id' -- "$current") ;;
@@ -30,6 +30,7 @@ _cortex() {
         reload) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
         keys) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --models --admin --priority --requests-per-minute --max-concurrent --tokens-per-window --balance-tokens --window --expires --print' -- "$current") ;;
         usage) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --by --from --to --key --model' -- "$current") ;;
+        capture) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --minutes --size --model' -- "$current") ;;
         launch) mapfile -t COMPREPLY < <(compgen -W '-h --help --model --small-model --print --url --config --key-file --ca-file' -- "$current") ;;
         demo) mapfile -t COMPREPLY < <(compgen -W '-h --help --once' -- "$current") ;;
     esac

@@ -24,7 +24,7 @@ export function confirm(title, body, yes) {
 }
 
 // Send an action; its button is busy until it is done. The feed then shows the result.
-async function act(button, path, body, doing, done, method = "POST") {
+export async function act(button, path, body, doing, done, method = "POST") {
   button.setAttribute("aria-busy", "true");
   button.setAttribute("aria-disabled", "true");
   toast(doing, "busy");

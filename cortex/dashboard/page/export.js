@@ -15,15 +15,17 @@ function literal(value, indent = "    ") {
   return rows.length ? `${open}\n${rows.join("")}${indent}${close}` : open + close;
 }
 
-function curl(dialect, body, base) {
-  const quoted = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
+// A command of curl for a body as it was sent.
+export function curlOf(path, body, base) {
   return [
-    `curl -N ${base}/${dialect.path} \\`,
+    `curl -N ${base}${path} \\`,
     "  -H 'content-type: application/json' \\",
     `  -H "authorization: Bearer $\{${KEY}:-none}" \\`,
-    `  -d '${quoted}'\n`,
+    `  -d '${body.replaceAll("'", "'\\''")}'\n`,
   ].join("\n");
 }
+
+function curl(dialect, body, base) { return curlOf(`/${dialect.path}`, JSON.stringify(body, null, 2), base); }
 
 function python(dialect, body, base) {
   const { module, client, path, call, print, unknown = [] } = dialect.python;

@@ -2,9 +2,11 @@
 
 import { toast } from "./acts.js";
 import { AddModel } from "./add.js";
+import { Captures } from "./capture.js";
 import { Chat } from "./chat.js";
 import { $, shown, text } from "./dom.js";
 import { Feed } from "./feed.js";
+import { clock } from "./format.js";
 import { Logs } from "./logs.js";
 import { Models, summary } from "./models.js";
 import { Nodes } from "./nodes.js";
@@ -22,6 +24,7 @@ const models = new Models(store);
 const nodes = new Nodes(store);
 const logs = new Logs();
 const requests = new Requests(store, logs);
+const captures = new Captures(requests);
 const chat = new Chat();
 const clientKeys = new ClientKeys();
 const use = new Use();
@@ -56,8 +59,9 @@ function tellNotice() {
     reload.addEventListener("click", () => location.reload());
     notice("The gateway has another version of this page.", reload);
   } else {
-    const error = store.state.config_error;
-    notice(error ? `The configuration was changed and is not in force: ${error}` : "");
+    const { config_error: error, capture } = store.state;
+    const captured = capture?.until ? `Requests of ${capture.key ? `the key ${capture.key}` : "everybody"} are captured until ${clock(capture.until)}.` : "";
+    notice(error ? `The configuration was changed and is not in force: ${error}` : captured);
   }
 }
 
@@ -87,6 +91,7 @@ const feed = new Feed({
       logs.replace(data.log);
       clientKeys.watch(true);
       use.watch(true);
+      captures.watch(true);
       talkables();
       tellNotice();
     });
@@ -98,7 +103,8 @@ const feed = new Feed({
         const changed = store.patch(data.patch);
         if (changed.models.length) { models.update(changed.models); talkables(); }
         if (changed.nodes.length) nodes.update(changed.nodes);
-        if ("config_error" in data.patch) tellNotice();
+        if ("config_error" in data.patch || "capture" in data.patch) tellNotice();
+        if ("capture" in data.patch) captures.follow();
       }
       if (data.requests) requests.add(data.requests);
       if (data.log) logs.add(data.log);
@@ -116,6 +122,7 @@ function forget(why) {
   logs.replace([]);
   clientKeys.watch(false);
   use.watch(false);
+  captures.watch(false);
   overview.clear();
   talked = "";
   chat.refresh();

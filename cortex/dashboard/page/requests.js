@@ -36,20 +36,32 @@ export class Requests {
     this.open = (entry) => this.show(entry);
     this.body = $("requests-rows");
     this.which = "all";
+    this.onShow = () => {};
     $("request-log").addEventListener("click", () => {
       $("request-dialog").close();
       this.logs.show(this.shown.id);
     });
   }
 
-  // Show a request's own fields, as its line in the log has them.
+  // Show a request's own fields, as its line in the log has them; `onShow` adds what was captured of it.
   show(entry) {
     this.shown = entry;
+    this.fill(entry);
+    shown($("request-log"), this.logs.of(entry.id).length > 0);
+    this.onShow(entry.id);
+    $("request-dialog").showModal();
+  }
+
+  // Close the dialog, and leave nothing in it.
+  forget() {
+    $("request-dialog").close();
+    $("request-fields").replaceChildren();
+  }
+
+  fill(entry) {
     const fields = { ended: new Date(1000 * entry.at).toLocaleString(), ...entry };
     delete fields.at;
     $("request-fields").replaceChildren(...Object.entries(fields).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
-    shown($("request-log"), this.logs.of(entry.id).length > 0);
-    $("request-dialog").showModal();
   }
 
   replace(entries) {

@@ -4,7 +4,9 @@ import pathlib
 from collections.abc import Iterator
 
 import browser
+import daemons
 import fleet
+import httpx
 import pytest
 
 WIDE = (1440, 900)
@@ -25,7 +27,14 @@ def page(folder: pathlib.Path) -> Iterator[browser.Page]:
 @pytest.fixture(scope="session")
 def nodes(page: browser.Page, folder: pathlib.Path) -> Iterator[dict[str, str]]:
     with fleet.neurons(folder) as found:
+        # Asked before that, its model would be loaded on another node, which plays no scenarios.
+        daemons.until(lambda: has_workers(found["scripted"]), what="the scripted node's worker is ready")
         yield found
+
+
+def has_workers(url: str) -> bool:
+    workers = httpx.get(f"{url}/health").json()["workers"]
+    return bool(workers) and all(worker["state"] == "ready" for worker in workers)
 
 
 @pytest.fixture(scope="session")
