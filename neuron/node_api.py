@@ -1,6 +1,7 @@
 """The node's own paths: discovery, health, metrics, and the control of models."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TypeVar
 
 import msgspec
 
@@ -26,6 +27,7 @@ from neuron.service import Service
 _ADMIN_BODY_BYTES = 1 << 20
 
 Handler = Callable[[Exchange], Awaitable[None]]
+_Asked = TypeVar("_Asked", bound=msgspec.Struct)
 
 
 class NodeApi:
@@ -39,13 +41,13 @@ class NodeApi:
             "/version": {"GET": self._version},
             "/metrics": {"GET": self._metrics},
             "/models": {"GET": self._models},
-            "/models/load": {"POST": self._load},
-            "/models/fit": {"POST": self._fit},
-            "/models/pull": {"POST": self._pull},
-            "/models/unload": {"POST": self._unload},
-            "/models/forget": {"POST": self._forget},
-            "/models/pin": {"POST": self._pin},
-            "/drain": {"POST": self._drain},
+            "/models/load": {"POST": _control(LoadRequest, service.load, ends_with_client=True)},
+            "/models/fit": {"POST": _control(ModelSpec, service.fit, ends_with_client=True)},
+            "/models/pull": {"POST": _control(ModelSpec, service.pull, ends_with_client=True)},
+            "/models/unload": {"POST": _control(UnloadRequest, service.unload)},
+            "/models/forget": {"POST": _control(ForgetRequest, self._forget)},
+            "/models/pin": {"POST": _control(PinRequest, self._pin)},
+            "/drain": {"POST": _control(DrainRequest, service.drain)},
             "/v1/models": {"GET": self._listed},
             openapi.PATH: {"GET": self._describe},
         }
@@ -71,36 +73,13 @@ class NodeApi:
         models = self._service.models
         await reply_json(exchange, ModelList(models.statuses(), models.generation))
 
-    async def _load(self, exchange: Exchange) -> None:
-        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), LoadRequest)
-        await reply_json(exchange, await until_disconnect(exchange, self._service.load(asked)))
-
-    async def _pull(self, exchange: Exchange) -> None:
-        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ModelSpec)
-        await reply_json(exchange, await until_disconnect(exchange, self._service.pull(asked)))
-
-    async def _fit(self, exchange: Exchange) -> None:
-        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ModelSpec)
-        await reply_json(exchange, await until_disconnect(exchange, self._service.fit(asked)))
-
-    async def _unload(self, exchange: Exchange) -> None:
-        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), UnloadRequest)
-        await reply_json(exchange, await self._service.unload(asked))
-
-    async def _forget(self, exchange: Exchange) -> None:
-        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), ForgetRequest)
+    def _forget(self, asked: ForgetRequest) -> ModelStatus:
         status = self._service.models.find(asked.id).status()
         self._service.models.forget(asked.id)
-        await reply_json(exchange, status)
+        return status
 
-    async def _pin(self, exchange: Exchange) -> None:
-        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), PinRequest)
-        status = self._service.models.pin(asked.id, asked.pinned, asked.priority, asked.idle_ttl_s)
-        await reply_json(exchange, status)
-
-    async def _drain(self, exchange: Exchange) -> None:
-        asked = fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), DrainRequest)
-        await reply_json(exchange, self._service.drain(asked))
+    def _pin(self, asked: PinRequest) -> ModelStatus:
+        return self._service.models.pin(asked.id, asked.pinned, asked.priority, asked.idle_ttl_s)
 
     async def endpoint(self, exchange: Exchange) -> None:
         """Answer ``GET /models/NAME/endpoint``."""
@@ -131,6 +110,20 @@ def _listed(status: ModelStatus) -> ListedModel:
         state=status.state,
         **sizes_and_abilities(status.context_tokens, status.capabilities),
     )
+
+
+def _control(
+    kind: type[_Asked], do: Callable[[_Asked], Awaitable[object] | object], *, ends_with_client: bool = False
+) -> Handler:
+    """Return the handler that decodes a body as ``kind`` and answers with what ``do`` makes of it."""
+
+    async def handler(exchange: Exchange) -> None:
+        found = do(fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), kind))
+        if isinstance(found, Coroutine):
+            found = await (until_disconnect(exchange, found) if ends_with_client else found)
+        await reply_json(exchange, found)
+
+    return handler
 
 
 async def reply_json(exchange: Exchange, value: object) -> None:

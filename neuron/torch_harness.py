@@ -131,10 +131,14 @@ class TorchHarness:
         try:
             if draft is not None:
                 await self._check_draft(spec, draft, text)
-            loaded, workers = await self._load_weights(spec, path, progress, config, draft)
+            chosen = await self._choose(spec)
+            for rank, (worker, free_bytes) in enumerate(chosen):
+                shard = Shard(rank, spec.tensor_parallel)
+                plan_memory(config, spec, worker.device_id, free_bytes, shard, draft, cpu_kernels=self._cpu_kernels)
+            workers = tuple(worker for worker, _ in chosen)
+            config = dataclasses.replace(config, generation=config.generation.under(spec.sampling))
+            loaded = await self._load_parts(workers, spec, path, progress)
             try:
-                generation = config.generation.under(spec.sampling)
-                config = dataclasses.replace(config, generation=generation)
                 return TorchModel(loaded, config, text, workers, self._prefix_sharing)
             except BaseException:
                 await self._undo(spec.id, workers)
@@ -153,25 +157,6 @@ class TorchHarness:
                 param="draft",
             )
 
-    async def _load_weights(
-        self,
-        spec: ModelSpec,
-        path: pathlib.Path,
-        progress: Progress,
-        config: ModelConfig,
-        draft: ModelConfig | None,
-    ) -> tuple[LoadedModel, tuple[Worker, ...]]:
-        """Load on the devices; return the loaded model and its workers, rank 0 first."""
-        size = spec.tensor_parallel
-        chosen = await self._choose(spec)
-        for rank, (worker, free_bytes) in enumerate(chosen):
-            shard = Shard(rank, size)
-            plan_memory(config, spec, worker.device_id, free_bytes, shard, draft, cpu_kernels=self._cpu_kernels)
-        workers = tuple(worker for worker, _ in chosen)
-        if size == 1:
-            return await self._load_alone(workers[0], spec, path, progress), workers
-        return await self._load_group(workers, spec, path, progress), workers
-
     async def unload(self, model: Model) -> None:
         """Free a model's memory on its devices."""
         assert isinstance(model, TorchModel)
@@ -185,39 +170,31 @@ class TorchHarness:
         unloads = asyncio.gather(*(worker.unload(name) for worker in workers), return_exceptions=True)
         await asyncio.shield(unloads)
 
-    async def _load_alone(self, worker: Worker, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> LoadedModel:
-        """Load the whole model on a worker; a cancelled load is undone there."""
-        try:
-            return await worker.load(spec, str(path), progress=progress)
-        except asyncio.CancelledError:
-            await self._undo(spec.id, [worker])
-            raise
-
-    async def _load_group(
+    async def _load_parts(
         self, workers: tuple[Worker, ...], spec: ModelSpec, path: pathlib.Path, progress: Progress
     ) -> LoadedModel:
-        """Load a part on each worker; if one fails, the others are undone."""
+        """Load a part on each worker, or the whole model on one; if one fails or all are cancelled, undo the others."""
         devices = tuple(worker.device_id for worker in workers)
         for name, others in self._groups.items():
-            if name != spec.id and others != devices and set(others) & set(devices):
+            if len(devices) > 1 and name != spec.id and others != devices and set(others) & set(devices):
                 # Two steps that wait for each other's devices would deadlock.
                 raise UnprocessableError(
                     f"'{spec.id}' would run on {', '.join(devices)}, and '{name}' runs on {', '.join(others)}: models "
                     "that share devices must share all of them.",
                     param="devices",
                 )
-        self._groups[spec.id] = devices
-        address = f"127.0.0.1:{_free_port()}"
+        groups: list[GroupSettings | None] = [None]
+        if len(workers) > 1:
+            self._groups[spec.id] = devices
+            address = f"127.0.0.1:{_free_port()}"
+            groups = [
+                GroupSettings(rank, len(workers), address, self._collective_limit_s) for rank in range(len(workers))
+            ]
         loads = [
             asyncio.create_task(
-                worker.load(
-                    spec,
-                    str(path),
-                    progress=None if rank else progress,
-                    group=GroupSettings(rank, len(workers), address, self._collective_limit_s),
-                )
+                worker.load(spec, str(path), progress=None if group and group.rank else progress, group=group)
             )
-            for rank, worker in enumerate(workers)
+            for worker, group in zip(workers, groups, strict=True)
         ]
         undone = workers
         try:

@@ -13,6 +13,7 @@ import torch
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws
 from neuron.engine.sequence import Int32Array
+from neuron.engine.staging import Array
 from neuron.models.sizing import PAGE_TOKENS
 from neuron.triton_kernels.decode_state import MAX_STOPS, DecodeState
 from neuron.triton_kernels.sampling import SamplingRows
@@ -23,8 +24,6 @@ NUM_PLACES: Final = 128
 """Steps that are published at different places: a whole multi-step decode, and the steps before and behind it."""
 ALIGNED: Final = 4
 """Alignment of each part in elements."""
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Published:

@@ -11,13 +11,13 @@ import os
 import pathlib
 import sys
 import time
+import types
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 
 from neuron.engine_settings import DEFAULTS, EngineSettings
-from neuron.formats.matrix import QuantizedMatrix
 from neuron.formats.registry import FORMATS
 from neuron.formats.schemes import EXAMPLES
 from neuron.layers.attention import Attention
@@ -36,6 +36,7 @@ from neuron.triton_kernels.launch import Variant, recording, target_for, target_
 from neuron.triton_kernels.operations import KERNELS
 
 if TYPE_CHECKING:
+    from neuron.models.weights import WeightSource
     from neuron.triton_kernels.compile import Compilation
 
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
@@ -189,31 +190,10 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-class _NoFile:
-    """Checkpoint without a file, of which only the shapes are read."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.config.tensor_shapes()
-
-    def read_into(self, name: str, destination: torch.Tensor, **where: object) -> None:
-        raise TypeError(f"{name} is to be read from no file")
-
-    def read_stored(self, name: str) -> None:
-        raise TypeError(f"{name} is to be read from no file")
-
-    def read_quantized(self, name: str, *where: object) -> QuantizedMatrix:
-        raise TypeError(f"{name} is to be read from no file")
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def weights_on_meta(config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard) -> decoder.DecoderWeights:
     """Return the weights that a load on a GPU makes, on ``meta``."""
-    loading = decoder.load_decoder(_NoFile(config), dtype, torch.device("meta"), quant=quant, shard=shard)
+    source = cast("WeightSource", types.SimpleNamespace(config=config))  # of which nothing else is read
+    loading = decoder.load_decoder(source, dtype, torch.device("meta"), quant=quant, shard=shard)
     while True:
         try:
             next(loading)

@@ -9,6 +9,7 @@ request; after any other death the job is retried once. Within a queue, principa
 import array
 import asyncio
 import collections
+import dataclasses
 import itertools
 import logging
 import sys
@@ -125,9 +126,15 @@ class TextPool:
             for process in queue.processes:
                 process.forget(model)
 
-    async def run(self, queue: QueueName, job: jobs.Job, opening: jobs.Open, principal: str = "") -> jobs.FromText:
-        """Return the answer to ``job``, of the model that ``opening`` opens. Raises :class:`ApiError`."""
-        return await self._queues_by_name[queue].run(job, opening, principal)
+    async def run(
+        self, queue: QueueName, job: jobs.Job, opening: jobs.Open, principal: str = "", data: bytes | None = None
+    ) -> jobs.FromText:
+        """Return the answer to ``job``, of the model that ``opening`` opens; ``data`` is the job, if it is encoded.
+
+        Raises :class:`ApiError`.
+        """
+        data = _encoded(job) if data is None else data
+        return await self._queues_by_name[queue].run(job, opening, principal, data)
 
     def next_number(self) -> int:
         """Return the number of a new job."""
@@ -171,25 +178,19 @@ class TextModel:
         """Return the int32 ids of each of ``texts``. Raises :class:`ApiError`."""
         queue, limits = _queue_for(sum(map(len, texts)))
         job = jobs.Tokenise(self._pool.next_number(), limits, self._opening.model, tuple(texts), context_tokens)
-        answer = await self._pool.run(queue, job, self._opening, principal)
-        assert isinstance(answer, jobs.Tokenised)
-        return answer.ids
+        return (await self._ask(queue, job, jobs.Tokenised, principal)).ids
 
     async def grammar(self, request: InferenceRequest) -> str | None:
         """Return the grammar that the answer to ``request`` must follow, tried. Raises :class:`ApiError`."""
         job = jobs.Check(self._pool.next_number(), GRAMMAR_LIMITS, self._opening.model, _shape_of(request))
-        answer = await self._pool.run(QueueName.GRAMMAR, job, self._opening, request.principal)
-        assert isinstance(answer, jobs.Checked)
-        return answer.grammar
+        return (await self._ask(QueueName.GRAMMAR, job, jobs.Checked, request.principal)).grammar
 
     async def left_out(self, request: InferenceRequest) -> tuple[str, ...]:
         """Return the keywords in the schemas of ``request`` that will not be enforced. Raises :class:`ApiError`."""
         if not holds_schemas(request):
             return ()
         job = jobs.Ask(self._pool.next_number(), GRAMMAR_LIMITS, self._opening.model, _shape_of(request))
-        answer = await self._pool.run(QueueName.GRAMMAR, job, self._opening, request.principal)
-        assert isinstance(answer, jobs.LeftOut)
-        return answer.keywords
+        return (await self._ask(QueueName.GRAMMAR, job, jobs.LeftOut, request.principal)).keywords
 
     def text_of(self, ids: Sequence[int]) -> list[bytes]:
         """Return the bytes of each of ``ids``."""
@@ -211,9 +212,17 @@ class TextModel:
         asked = msgspec.structs.replace(
             request, sampling=Sampling(bad_words=request.sampling.bad_words), stop=(), output_format=OutputFormat()
         )
-        queue, limits = _queue_for(_size(asked))
+        # All of it is rendered and tokenised, not only what the user wrote last.
+        encoded = _encoded(asked)
+        queue, limits = _queue_for(len(encoded))
         job = kind(self._pool.next_number(), limits, self._opening.model, asked, context_tokens)
-        found = await self._pool.run(queue, job, self._opening, request.principal)
+        data = _encoded(msgspec.structs.replace(job, request=msgspec.Raw(encoded)))
+        return await self._ask(queue, job, answer, request.principal, data)
+
+    async def _ask(
+        self, queue: QueueName, job: jobs.Job, answer: type[_T], principal: str, data: bytes | None = None
+    ) -> _T:
+        found = await self._pool.run(queue, job, self._opening, principal, data)
         assert isinstance(found, answer)
         return found
 
@@ -229,14 +238,13 @@ def _queue_for(size: int) -> tuple[QueueName, Limits]:
     return (QueueName.SHORT, SHORT_LIMITS) if size <= SHORT_BYTES else (QueueName.LONG, LONG_LIMITS)
 
 
-def _size(request: InferenceRequest) -> int:
-    """Return about how much there is to render and tokenise: all of it, not only what the user wrote last."""
-    if len(request.prompt or "") > SHORT_BYTES:
-        return SHORT_BYTES + 1
+def _encoded(value: msgspec.Struct) -> bytes:
     try:
-        return len(msgspec.json.encode(request))
-    except (RecursionError, UnicodeError) as error:
-        raise _unreadable(error) from None
+        return msgspec.json.encode(value)
+    except UnicodeError:
+        raise InvalidRequestError("The request holds half of a surrogate pair, which is no text.") from None
+    except RecursionError:
+        raise InvalidRequestError("The request is nested too deeply.") from None
 
 
 def _read_decoder(decoder: bytes) -> Tokenizer:
@@ -246,17 +254,15 @@ def _read_decoder(decoder: bytes) -> Tokenizer:
         raise UnsupportedTokenizerError(f"The tokenizer's decoder cannot be read: {str(error)[:300]}.") from None
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Waiting:
     """A job in a queue."""
 
-    __slots__ = ("answer", "data", "job", "opening", "tries")
-
-    def __init__(self, job: jobs.Job, opening: jobs.Open, data: bytes) -> None:
-        self.job = job
-        self.opening = opening
-        self.data = data
-        self.tries = 0
-        self.answer: asyncio.Future[jobs.FromText] = asyncio.get_running_loop().create_future()
+    job: jobs.Job
+    opening: jobs.Open
+    data: bytes
+    answer: asyncio.Future[jobs.FromText]
+    tries: int = 0
 
 
 class _JobQueue:
@@ -273,16 +279,12 @@ class _JobQueue:
         self._arrived = asyncio.Event()
         self._stopped = False
 
-    async def run(self, job: jobs.Job, opening: jobs.Open, principal: str) -> jobs.FromText:
+    async def run(self, job: jobs.Job, opening: jobs.Open, principal: str, data: bytes) -> jobs.FromText:
         if self._stopped:
             raise UnavailableError("This neuron is shutting down.", retry_after_s=1.0)
         own = self._queues.get(principal, ())
         if self._num_waiting >= MAX_WAITING or len(own) >= MAX_WAITING // SHARE_OF_ONE:
             raise self._overloaded()
-        try:
-            data = msgspec.json.encode(job)
-        except (RecursionError, UnicodeError) as error:
-            raise _unreadable(error) from None
         of_own = sum(len(waiting.data) for waiting in own)
         if (own and of_own + len(data) > MAX_WAITING_BYTES // SHARE_OF_ONE) or (
             self._num_waiting and self._waiting_bytes + len(data) > MAX_WAITING_BYTES
@@ -290,7 +292,7 @@ class _JobQueue:
             raise self._overloaded()
         if not self._servers:
             self._servers = [asyncio.create_task(self._serve(process)) for process in self.processes]
-        waiting = _Waiting(job, opening, data)
+        waiting = _Waiting(job, opening, data, asyncio.get_running_loop().create_future())
         self._queues.setdefault(principal, collections.deque()).append(waiting)
         self._num_waiting += 1
         self._waiting_bytes += len(data)
@@ -400,9 +402,3 @@ def error_of(job: jobs.Job, death: Death) -> ApiError:
         return TemplateError(f"The model's chat template {death}.", param="messages")
     param = "messages" if job.request.prompt is None else "prompt"
     return PromptTooCostlyError(f"Making tokens of the prompt {death}.", param=param)
-
-
-def _unreadable(error: Exception) -> InvalidRequestError:
-    if isinstance(error, UnicodeError):
-        return InvalidRequestError("The request holds half of a surrogate pair, which is no text.")
-    return InvalidRequestError("The request is nested too deeply.")

@@ -26,7 +26,9 @@ class LocalTexts(TextPool):
         super().__init__()
         self._server = TextServer(cast(Channel, _NoChannel()))
 
-    async def run(self, queue: QueueName, job: jobs.Job, opening: jobs.Open, principal: str = "") -> Any:
+    async def run(
+        self, queue: QueueName, job: jobs.Job, opening: jobs.Open, principal: str = "", data: bytes | None = None
+    ) -> Any:
         try:
             return self._server.do(job)
         except ApiError as error:
