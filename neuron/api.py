@@ -14,7 +14,8 @@ import msgspec
 
 from cortex import logs, tracing
 from cortex.dialects import registry
-from cortex.dialects.dialect import Dialect, Encoder, GenerationCall
+from cortex.dialects.call import Answering, Encoder, GenerationCall
+from cortex.dialects.dialect import Dialect
 from cortex.dialects.embeddings.request import EmbeddingCall
 from cortex.dialects.omitted_parts import readable
 from cortex.dialects.parameters import add_header
@@ -185,7 +186,7 @@ class Api:
             request = self._readable(exchange, dialect, call.request, model)
             started = Started(await until_disconnect(exchange, model.count_tokens(request)))
             record.observe([started])
-            encoder = call.encoder()
+            encoder = call.encoder(Answering())
             encoder.sse_events([started])
             await exchange.reply(200, encoder.whole())
 
@@ -193,11 +194,9 @@ class Api:
         self, exchange: Exchange, dialect: Dialect, call: GenerationCall, record: RequestRecord
     ) -> None:
         record.is_stream = call.stream
-        encoder = call.encoder(
-            requested_name(exchange, call.request),
-            report_usage=exchange.header(REPORT_USAGE) is not None,
-            context=ResponseContext.of(exchange.header(RESPONSE_CONTEXT)),
-        )
+        reports_usage = exchange.header(REPORT_USAGE) is not None
+        context = ResponseContext.of(exchange.header(RESPONSE_CONTEXT))
+        encoder = call.encoder(Answering(requested_name(exchange, call.request), reports_usage, context))
         events = self._events(exchange, dialect, [on_behalf(exchange, request) for request in call.requests], record)
         if not call.stream:
             await until_disconnect(exchange, _gather(events, encoder))

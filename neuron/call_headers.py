@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
-from cortex.dialects.dialect import GenerationCall
+from cortex.dialects.call import GenerationCall
 from cortex.dialects.embeddings.request import EmbeddingCall
 from cortex.dialects.parameters import add_header
 from cortex.http_io import Exchange

@@ -6,73 +6,28 @@ both daemons serve, describe and accept as a name follows from the list. A value
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from cortex._fast.peek import PeekError, peek
+from cortex.dialects.call import GenerationCall
 from cortex.dialects.embeddings.request import EmbeddingCall
 from cortex.dialects.envelope import OPENAI, Envelope
 from cortex.dialects.openai_errors import error_body
 from cortex.dialects.parameters import Parameters
-from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
 from cortex.dialects.schema import Schema
 from cortex.dialects.usage import Usage, clean_finish, read_usage
 from cortex.wire.errors import ErrorInfo
-from cortex.wire.events import InferenceEvent, Tokens
-from cortex.wire.request import InferenceRequest
+from cortex.wire.events import Tokens
 
 TAIL_CHUNKS = 4
 """Number of chunks kept of a stream: finish, usage, terminator and the node's own usage may come one by one."""
 
 COMMENT = b": keep-alive\n\n"
 """Only heartbeat that OpenAI's clients accept: an event without their payload is an error to them."""
-
-
-class Encoder(Protocol):
-    """Encoder of one answer, from inference events."""
-
-    def sse_events(self, events: Sequence[InferenceEvent], /) -> bytes:
-        """Return the SSE events of a batch of events."""
-
-    def whole(self) -> bytes:
-        """Return the answer of a request that is not streamed, from all events so far.
-
-        Raises :class:`RemoteError` if the inference failed, :class:`UpstreamError` if it has not come to its end.
-        """
-
-
-class GenerationCall(Protocol):
-    """Decoded body of a request that a model answers with events."""
-
-    @property
-    def request(self) -> InferenceRequest:
-        """The request; of several, the first."""
-
-    @property
-    def requests(self) -> tuple[InferenceRequest, ...]:
-        """The requests to the model, which are answered together."""
-
-    @property
-    def stream(self) -> bool:
-        """Whether the answer is streamed."""
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Unknown members of the body."""
-
-    @property
-    def num_omitted(self) -> int:
-        """Number of content parts of earlier messages that were replaced by text."""
-
-    def encoder(self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT) -> Encoder:
-        """Return the encoder of the answer.
-
-        The answer has ``name`` for the model, unless that is empty. With ``report_usage`` a stream ends with the usage
-        as a comment. A response repeats ``context``.
-        """
 
 
 class JsonObject(msgspec.Struct, frozen=True):

@@ -25,30 +25,8 @@ from cortex.wire.errors import (
     UnsupportedParameterError,
 )
 from cortex.wire.headers import IGNORED
-from cortex.wire.request import InferenceRequest
 
 Body = TypeVar("Body", bound=msgspec.Struct)
-
-
-class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoded body of any dialect."""
-
-    ignored: tuple[str, ...] = ()
-    """Unknown members of the body."""
-    num_omitted: int = 0
-    """Number of content parts of earlier messages that were replaced by text."""
-
-
-class SingleCall(Call, frozen=True):
-    """A decoded body that asks a model for one answer."""
-
-    request: InferenceRequest
-    stream: bool
-
-    @property
-    def requests(self) -> tuple[InferenceRequest, ...]:
-        """The request alone."""
-        return (self.request,)
 
 
 MAX_VALUES = 500_000

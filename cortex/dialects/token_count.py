@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cortex.dialects.parameters import SingleCall
-from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
+from cortex.dialects.call import Answering, SingleCall
 from cortex.wire.errors import UpstreamError
 from cortex.wire.events import InferenceEvent, Started
 
@@ -26,9 +25,7 @@ class CountCall(SingleCall, frozen=True):
         request = msgspec.structs.replace(call.request, max_tokens=1)
         return cls(request, False, members, ignored=call.ignored, num_omitted=call.num_omitted)
 
-    def encoder(
-        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
-    ) -> "TokenCount":
+    def encoder(self, answering: Answering) -> "TokenCount":
         """Return the encoder of the answer, which names no model."""
         return TokenCount(self.members)
 

@@ -10,9 +10,10 @@ import re
 import msgspec
 
 from cortex._fast.chat_events import ChatEvents
+from cortex.dialects.call import Answering, Encoder, GenerationCall
 from cortex.dialects.chat.body import chat_body
 from cortex.dialects.chat.chunks import ChunkReader
-from cortex.dialects.dialect import Dialect, Encoder, GenerationCall
+from cortex.dialects.dialect import Dialect
 from cortex.dialects.embeddings.request import EmbeddingCall
 from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
 from cortex.wire.errors import ContextLengthError, ErrorInfo
@@ -21,11 +22,10 @@ from cortex.wire.errors import ContextLengthError, ErrorInfo
 class Translation:
     """A request as a chat; decoded on first use, as most nodes need no translation."""
 
-    def __init__(self, dialect: Dialect, body: bytes, context: ResponseContext, name: str) -> None:
+    def __init__(self, dialect: Dialect, body: bytes, answering: Answering) -> None:
         self._dialect = dialect
         self._given = body
-        self._context = context
-        self._name = name
+        self._answering = answering
 
     @functools.cached_property
     def call(self) -> GenerationCall:
@@ -44,7 +44,7 @@ class Translation:
 
     def begin(self) -> "TranslatedAnswer":
         """Return the reader of a node's response."""
-        return TranslatedAnswer(self.call.encoder(self._name, context=self._context))
+        return TranslatedAnswer(self.call.encoder(self._answering))
 
 
 class TranslatedAnswer:
@@ -74,7 +74,7 @@ def to_chat(dialect: Dialect, body: bytes, context: ResponseContext = NO_CONTEXT
 
     A response repeats ``context``; answers have ``name`` for the model, unless that is empty.
     """
-    return Translation(dialect, body, context, name) if dialect.is_translated else None
+    return Translation(dialect, body, Answering(name, context=context)) if dialect.is_translated else None
 
 
 def translated_error(error: ErrorInfo) -> ErrorInfo:

@@ -16,6 +16,7 @@ from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import SseDecoder
 from cortex.access.authenticator import Authenticator, Reservation
 from cortex.access.keys import Principal
+from cortex.dialects.call import Answering
 from cortex.dialects.dialect import Dialect
 from cortex.dialects.registry import COMPACT, RESPONSES
 from cortex.dialects.responses import compaction
@@ -148,7 +149,7 @@ class _Response(PreparedResponse):
 
     def _local_stream(self) -> ResponsesStream:
         """Return an encoder for a response that no node makes. Raises :class:`InvalidRequestError`."""
-        return responses_request.decode(self.body).encoder(self._request.name, context=self.context)
+        return responses_request.decode(self.body).encoder(Answering(self._request.name, context=self.context))
 
 
 class ResponsesHook:

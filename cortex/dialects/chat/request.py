@@ -14,11 +14,11 @@ import msgspec
 from cortex._fast.chat_stream import ChatStream
 from cortex.dialects import fields
 from cortex.dialects.answered_calls import OpenCalls
+from cortex.dialects.call import Answering, SingleCall
 from cortex.dialects.chat.tools import ChoiceBody, ToolBody, chosen, offered
 from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
 from cortex.dialects.omitted_parts import readable
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters, SingleCall
-from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.wire.errors import InvalidRequestError, ToolCallNotFoundError
 from cortex.wire.request import (
     InferenceRequest,
@@ -38,17 +38,15 @@ class ChatCall(SingleCall, frozen=True):
     custom: frozenset[str] = frozenset()
     """Names of custom tools, whose calls carry an input."""
 
-    def encoder(
-        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
-    ) -> ChatStream:
-        """Return the encoder of the answer; see :meth:`cortex.dialects.dialect.GenerationCall.encoder`."""
+    def encoder(self, answering: Answering) -> ChatStream:
+        """Return the encoder of the answer."""
         return ChatStream(
             f"chatcmpl-{secrets.token_hex(12)}",
-            name or self.request.model,
+            answering.name or self.request.model,
             int(time.time()),
             self.request.num_choices,
             include_usage=self.include_usage,
-            report_usage=report_usage,
+            report_usage=answering.report_usage,
             custom_tools=self.custom,
             keeps=not self.stream,
         )

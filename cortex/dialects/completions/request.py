@@ -13,10 +13,10 @@ from typing import cast
 import msgspec
 
 from cortex.dialects import fields
+from cortex.dialects.call import Answering, Call
 from cortex.dialects.completions.encoder import Completion
 from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Call, Parameters
-from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import InferenceRequest
 
@@ -45,17 +45,15 @@ class CompletionCall(Call, frozen=True):
         """Number of choices of all prompts together."""
         return len(self.requests) * self.requests[0].num_choices
 
-    def encoder(
-        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
-    ) -> Completion:
-        """Return the encoder of the answer; see :meth:`cortex.dialects.dialect.GenerationCall.encoder`."""
+    def encoder(self, answering: Answering) -> Completion:
+        """Return the encoder of the answer."""
         return Completion(
             f"cmpl-{secrets.token_hex(12)}",
-            name or self.request.model,
+            answering.name or self.request.model,
             int(time.time()),
             self.num_choices,
             include_usage=self.include_usage,
-            report_usage=report_usage,
+            report_usage=answering.report_usage,
             scores=self.request.top_logprobs is not None,
         )
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, cast
 import msgspec
 
 from cortex.dialects import fields
-from cortex.dialects.parameters import Call, Parameters
+from cortex.dialects.call import Call
+from cortex.dialects.parameters import Parameters
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import EmbeddingRequest
 

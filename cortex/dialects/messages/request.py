@@ -15,12 +15,12 @@ import msgspec
 
 from cortex._fast.messages_stream import MessagesStream
 from cortex.dialects import fields
+from cortex.dialects.call import Answering, SingleCall
 from cortex.dialects.generation import GenerationBody
 from cortex.dialects.messages import blocks
 from cortex.dialects.messages.client_tools import client_tool
 from cortex.dialects.omitted_parts import readable
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters, SingleCall
-from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.wire.errors import InvalidRequestError, ThreadUnsupportedError
 from cortex.wire.request import (
     InferenceRequest,
@@ -36,11 +36,9 @@ MAX_STOP_SEQUENCES = 64
 class MessagesCall(SingleCall, frozen=True):
     """A decoded call."""
 
-    def encoder(
-        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
-    ) -> MessagesStream:
+    def encoder(self, answering: Answering) -> MessagesStream:
         """Return the encoder of the answer, which always has its usage."""
-        return MessagesStream(f"msg_{secrets.token_hex(12)}", name or self.request.model)
+        return MessagesStream(f"msg_{secrets.token_hex(12)}", answering.name or self.request.model)
 
 
 class _Tool(msgspec.Struct):

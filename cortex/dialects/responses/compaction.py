@@ -16,9 +16,8 @@ import msgspec
 import orjson
 
 from cortex._fast.responses_stream import ResponsesStream
-from cortex.dialects.parameters import SingleCall
+from cortex.dialects.call import Answering, SingleCall
 from cortex.dialects.responses import request
-from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
 from cortex.dialects.responses.sealed import seal
 from cortex.wire.errors import InvalidJsonError, InvalidRequestError, InvalidTypeError, UpstreamError
 
@@ -137,9 +136,7 @@ class CompactCall(SingleCall, frozen=True):
 
     compaction: Compaction
 
-    def encoder(
-        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
-    ) -> "_CompactionEncoder":
+    def encoder(self, answering: Answering) -> "_CompactionEncoder":
         """Return the encoder of the answer, which names no model."""
         return _CompactionEncoder(self.compaction, ResponsesStream("", "", 0, b"{}"))
 

@@ -17,11 +17,12 @@ import msgspec
 
 from cortex._fast.responses_stream import ResponsesStream
 from cortex.dialects import fields
+from cortex.dialects.call import Answering, SingleCall
 from cortex.dialects.generation import GenerationBody
 from cortex.dialects.omitted_parts import readable
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters, SingleCall
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.dialects.responses import tools as response_tools
-from cortex.dialects.responses.context import NO_CONTEXT, ResponseContext
+from cortex.dialects.responses.context import ResponseContext
 from cortex.dialects.responses.items import Item, messages_of
 from cortex.dialects.responses.tools import OfferedTools
 from cortex.wire.errors import ChainedConversationError, InvalidRequestError
@@ -43,16 +44,14 @@ class ResponsesCall(SingleCall, frozen=True):
     seals: bool
     """Whether reasoning is returned as ``encrypted_content``."""
 
-    def encoder(
-        self, name: str = "", *, report_usage: bool = False, context: ResponseContext = NO_CONTEXT
-    ) -> ResponsesStream:
-        """Return the encoder of the answer; see :meth:`cortex.dialects.dialect.GenerationCall.encoder`."""
+    def encoder(self, answering: Answering) -> ResponsesStream:
+        """Return the encoder of the answer."""
         return ResponsesStream(
-            context.id or f"resp_{secrets.token_hex(24)}",
-            name or self.request.model,
+            answering.context.id or f"resp_{secrets.token_hex(24)}",
+            answering.name or self.request.model,
             int(time.time()),
-            self.echoed(context),
-            report_usage=report_usage,
+            self.echoed(answering.context),
+            report_usage=answering.report_usage,
             custom_tools=self.tools.custom,
             namespaces=self.tools.namespaces,
             summarises=self.summarises,

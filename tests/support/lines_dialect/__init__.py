@@ -1,0 +1,1 @@
+"""Dialect for tests, made as CONTRIBUTING says: a text in, a text out."""
