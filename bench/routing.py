@@ -12,7 +12,7 @@ A prefill takes its arithmetic and a decode step its bytes, over what the card r
 - Chats: short system prompts, 1 to 8 turns, minutes long.
 - Documents: questions on a few documents of 20,000 tokens, some far more popular than others.
 
-Ours see what a gateway sees: bodies as bytes, and its own requests in flight. The others are the formulas that their
+Ours see what a gateway sees: bodies as bytes, and the requests in flight. The others are the formulas that their
 documentation publishes, with its defaults, since their programs run in real time only:
 
 - SMG, ``cache_aware`` (lightseekorg/smg, ``docs/concepts/routing/cache-aware.md``): the worker with the longest match
@@ -298,6 +298,24 @@ class Ours(Router):
             self._index.record(request.prefix, node)
 
 
+class Several(Router):
+    """Gateways, or workers of one, that each learn only of their own requests; clients go to any of them."""
+
+    def __init__(self, policy: Policy, num_gateways: int) -> None:
+        self._gateways = [Ours(policy) for _ in range(num_gateways)]
+        self._rng = random.Random(7)
+        self._asked: dict[int, Ours] = {}
+
+    def choose(self, request: Request, nodes: Mapping[str, Node]) -> str:
+        """Ask a gateway."""
+        gateway = self._asked[id(request)] = self._rng.choice(self._gateways)
+        return gateway.choose(request, nodes)
+
+    def begin(self, request: Request, node: str) -> None:
+        """Let the gateway that was asked learn."""
+        self._asked.pop(id(request)).begin(request, node)
+
+
 class RoundRobin(Router):
     """Each node in turn."""
 
@@ -375,6 +393,7 @@ class Dynamo(Router):
 
 ROUTERS: Final[Mapping[str, Callable[[], Router]]] = {
     **{name.replace("_", " "): functools.partial(Ours, policy) for name, policy in POLICIES.items()},
+    "prefix affine, 2 gateways": functools.partial(Several, POLICIES["prefix_affine"], 2),
     "round robin": RoundRobin,
     "random": Random,
     "SMG cache-aware": Smg,
