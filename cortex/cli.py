@@ -52,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own, words = launch.split_words(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(own, argparse.Namespace(words=words))
     flags = more[: more.index("--")] if "--" in more else more
-    if more and ("prompt" not in options or any(word.startswith("-") for word in flags)):
+    rest: list[str] | None = getattr(options, "rest", None) and getattr(options, options.rest)
+    if more and (rest is None or any(word.startswith("-") for word in flags)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if rest is not None:  # argparse gives none of the words behind an option to a list that may be empty
+        rest += (word for word in more if word != "--")
     try:
         match options.command:
             case "serve":
                 return _serve(options)
-            case "run":  # argparse gives none of the words behind an option to a list that may be empty
-                options.prompt += (word for word in more if word != "--")
-                return int(options.run(options))
             case None:
                 parser.print_help()
                 return EXIT_CONFIG

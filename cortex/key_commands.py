@@ -37,7 +37,8 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command.add_argument(
         "act", nargs="?", choices=("list", "add", "rm"), default="list", help="list, if nothing is given"
     )
-    command.add_argument("name", nargs="?", help="the key's name in logs and lists")
+    command.add_argument("name", nargs="*", help="the key's name in logs and lists")
+    command.set_defaults(rest="name")
     usage = operate.add_command(commands, "usage", "show requests, tokens and cost by key, model or day", _usage)
     usage.add_argument("--by", choices=("key", "model", "day"), default="key", help="what each line is of (key)")
     for name, meaning in (("from", "first day in UTC (29 days before the last)"), ("to", "last day (today)")):
@@ -78,9 +79,9 @@ def _expiry(text: str) -> datetime.datetime:
 
 
 def _keys(options: argparse.Namespace) -> int:
-    if options.act != "list" and options.name is None:
+    if options.act != "list" and len(options.name) != 1:
         raise ConfigError(f"keys {options.act}", "", "needs the name of a key")
-    if options.act == "list" and options.name is not None:
+    if options.act == "list" and options.name:
         raise ConfigError("keys list", "", "takes no name")
     if options.act != "add":
         given = [getattr(options, option) for option in OF_NEW_KEYS]
@@ -88,17 +89,17 @@ def _keys(options: argparse.Namespace) -> int:
             raise ConfigError(f"keys {options.act}", "", "takes no option of a new key")
     match options.act:
         case "add":
-            return _add(options)
+            return _add(options, options.name[0])
         case "rm":
-            answer = ask(options, "DELETE", f"{PATH}/{urllib.parse.quote(options.name, safe='')}")
+            answer = ask(options, "DELETE", f"{PATH}/{urllib.parse.quote(options.name[0], safe='')}")
             return operate.show(options, answer, "name", lambda gone: report.print_line(f"{gone['name']}: revoked"))
         case _:
             return operate.show(options, ask(options, "GET", PATH), "keys", report.print_keys)
 
 
-def _add(options: argparse.Namespace) -> int:
+def _add(options: argparse.Namespace, name: str) -> int:
     try:
-        keys.check_name(options.name)
+        keys.check_name(name)
     except ValueError as error:
         raise ConfigError("keys add", "", str(error)) from None
     given = "*" if options.models is None else options.models
@@ -110,7 +111,7 @@ def _add(options: argparse.Namespace) -> int:
         "window_s": options.window,
         "expires_at": options.expires and options.expires.isoformat(),
     }
-    body = {"name": options.name, **{name: value for name, value in fields.items() if value is not None}}
+    body = {"name": name, **{field: value for field, value in fields.items() if value is not None}}
     if not options.prints:
         answer = ask(options, "POST", PATH, body)
         return operate.show(options, answer, "key", lambda made: _say(f"The key, shown this once: {made['key']}"))
@@ -119,8 +120,8 @@ def _add(options: argparse.Namespace) -> int:
     if options.json:
         return _say(json.dumps({"key": key, **row}))
     _say(f"The key, shown this once: {key}\n\nFor keys.toml:\n\n[[keys]]")
-    for name, value in row.items():
-        _say(f"{name} = {value if name == 'expires_at' else json.dumps(value)}")
+    for field, value in row.items():
+        _say(f"{field} = {value if field == 'expires_at' else json.dumps(value)}")
     return 0
 
 

@@ -29,6 +29,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     gateway_client.add_options(run)
     preparation.add_arguments(run)
     run.add_argument("prompt", nargs="*", help="print one answer to this; standard input is added to it")
+    run.set_defaults(rest="prompt")
     run.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     run.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, e.g. temperature=0.2"

@@ -205,11 +205,22 @@ def test_texts_of_nodes_are_no_markup_and_no_terminal_commands(name: str, capsys
 def test_a_key_has_no_name_that_its_file_refuses(
     name: str, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["keys", f"--new={name}", *more]) == 2
+    assert cli.main(["keys", "add", *more, "--", name]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith(f"cortex: --new: {name!r} ")
+    assert captured.err.startswith(f"cortex: keys add: {name!r} ")
     assert "begins with a letter" in captured.err or "is taken" in captured.err
+
+
+def test_a_keys_name_may_follow_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keys", "add", "--admin", "--expires", "9d", "mary", "--print"]) == 0
+    assert 'name = "mary"\n' in capsys.readouterr().out
+    for words, problem in (
+        (["add", "--print", "a", "b"], "keys add: needs the name"),
+        (["list", "a"], "takes no name"),
+    ):
+        assert cli.main(["keys", *words]) == 2
+        assert problem in capsys.readouterr().err
 
 
 def test_a_load_that_downloads_shows_its_bytes() -> None:
