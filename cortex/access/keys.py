@@ -120,11 +120,6 @@ class Principal:
         """Whether its key is refused now because of its age."""
         return bool(self.expires_s) and time.time() >= self.expires_s
 
-    @property
-    def is_unlimited(self) -> bool:
-        """Whether each of its requests is admitted without a look at the clock, its use or the load."""
-        return self.limits.are_none and not self.uses_spare_capacity and not self.expires_s
-
 
 EVERYBODY = Principal()
 """Principal of every request where no keys are configured."""

@@ -1,5 +1,6 @@
 """Keys that are made at the gateway: their file, the endpoints, and who is let in before and after."""
 
+import argparse
 import asyncio
 import contextlib
 import datetime
@@ -22,7 +23,7 @@ from fake_node import FakeNode, answer_after
 from gateway_rig import CHAT, Running, rig, until, write_config
 from key_rig import KEY, ring
 
-from cortex import cli, key_commands, reload
+from cortex import cli, gateway_client, key_commands, reload
 from cortex.access import added, keys
 from cortex.access.added import AddedKey
 from cortex.access.keys import Principal
@@ -253,7 +254,7 @@ async def test_gateways_of_a_host_share_the_file(tmp_path: pathlib.Path) -> None
         await first.until_chat("invalid_api_key", key)
 
 
-async def test_workers_share_keys_and_add_up_use(tmp_path: pathlib.Path) -> None:
+async def test_workers_share_keys_and_add_up_use(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     neuron, port = FakeNode().ready("m"), daemons.free_port()
     async with neuron.serving():
         settings = f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\nworkers = 2\nreload_check_s = 0.05\n'
@@ -280,6 +281,11 @@ async def test_workers_share_keys_and_add_up_use(tmp_path: pathlib.Path) -> None
             made = await ask("POST", "/admin/keys", gateway.token(), {"name": "alice"})
             key = made.json()["key"]
             answered = await until_all(200)
+            # A command on this host needs no key of its own.
+            options = argparse.Namespace(url=gateway.url, key_file=None, ca_file=None)
+            monkeypatch.delenv("CORTEX_KEY", raising=False)
+            listed = await asyncio.to_thread(gateway_client.ask, options, "GET", "/v1/models")
+            assert [model["id"] for model in json.loads(listed)["data"]] == ["m"]
             async with asyncio.timeout(20):  # of the other worker's write
                 while True:
                     # Of any key: the other worker may not have known yet that it needs one.
