@@ -1,5 +1,12 @@
 """The page's files: read once from the folder beside this module, served by exact name, revalidated by their hash.
 
+Each dialect of the playground brings a module of its own, with a conversation's request body and the reader of its SSE
+events; ``dialects.js`` lists them. A conversation is a list of ``{role, text, calls}``: a message of the user, or of
+the model with its calls, each ``{id, name, arguments, result}``. A reader takes an SSE event and calls its callbacks:
+``text(delta)``, ``reasoning(delta)``, ``call(index, name, id)``, ``argument(index, delta)``, ``finish(reason)``,
+``usage({input, output, cached})``, ``fail(message)``. ``python`` says how the dialect's SDK makes the same request and
+prints the answer; parameters in ``unknown`` are not, or no longer, the SDK's.
+
 Only the files found at the start are served, so no path leads elsewhere. The policy in the headers restricts the page
 to this gateway and these scripts, and forbids frames.
 """
@@ -9,6 +16,7 @@ import pathlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+from cortex.dialects import registry
 from cortex.http_io import Exchange, Header
 
 PREFIX = "/dashboard/"
@@ -56,15 +64,23 @@ class Asset:
 
 def read(folder: pathlib.Path = FOLDER) -> Mapping[str, Asset]:
     """Return every file of the page by its URL path."""
-    found = {}
-    for file in sorted(folder.iterdir()):
-        content_type = CONTENT_TYPES.get(file.suffix)
-        if content_type is not None:
-            body = file.read_bytes()
-            etag = b'"' + hashlib.sha256(body).hexdigest()[:32].encode() + b'"'
-            path = "/" if file.name == PAGE else PREFIX + file.name
-            found[path] = Asset(body, content_type, etag)
-    return found
+    files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix in CONTENT_TYPES}
+    files |= {f"{one.name}.js": one.page.read_bytes() for one in registry.DIALECTS if one.page is not None}
+    files["dialects.js"] = _list_of_dialects()
+    return {"/" if name == PAGE else PREFIX + name: _asset(name, body) for name, body in files.items()}
+
+
+def _list_of_dialects() -> bytes:
+    """Return the module that lists the dialects of the playground."""
+    names = [one.name for one in registry.DIALECTS if one.page is not None]
+    imports = [f'import {{ dialect as dialect{at} }} from "./{name}.js";\n' for at, name in enumerate(names)]
+    listed = ", ".join(f"dialect{at}" for at in range(len(names)))
+    return "".join([*imports, f"\nexport const dialects = [{listed}];\n"]).encode()
+
+
+def _asset(name: str, body: bytes) -> Asset:
+    etag = b'"' + hashlib.sha256(body).hexdigest()[:32].encode() + b'"'
+    return Asset(body, CONTENT_TYPES[pathlib.PurePath(name).suffix], etag)
 
 
 def build_of(assets: Mapping[str, Asset]) -> str:

@@ -5,6 +5,7 @@ both daemons serve, describe and accept as a name follows from the list. A value
 """
 
 import functools
+import pathlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ class Dialect:
     """Whether answers have generated tokens."""
     is_translated: bool = False
     """Whether a node that speaks chat alone can serve it: see :mod:`cortex.dialects.translate`."""
+    page: pathlib.Path | None = None
+    """Module of the dashboard's playground; see :mod:`cortex.dashboard.assets`."""
 
     @functools.cached_property
     def target(self) -> bytes:

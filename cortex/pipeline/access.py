@@ -9,8 +9,9 @@ from collections.abc import Callable
 from cortex.access.authenticator import Authenticator
 from cortex.access.keys import Principal
 from cortex.config import Config
+from cortex.dialects import registry
 from cortex.dialects.dialect import Dialect
-from cortex.dialects.registry import DIALECTS, RESPONSES
+from cortex.dialects.registry import RESPONSES
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.guard import Guard
@@ -42,7 +43,7 @@ class AccessRules:
         self._catalogue = catalogue
         self._guard = guard
         self._captured_key = captured_key
-        self._dialects = {dialect.path: dialect for dialect in DIALECTS}
+        self._dialects = {dialect.path: dialect for dialect in registry.DIALECTS}
 
     def find(self, path: str, header: str, value: str | None) -> Access | None:
         """Return the access at a path by a header with a key; ``None`` for a request to be examined first."""

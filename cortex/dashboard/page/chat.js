@@ -2,7 +2,8 @@
 
 import { toast } from "./acts.js";
 import { Answer, Turn } from "./answer.js";
-import { dialects, EXAMPLE_SCHEMA, EXAMPLE_TOOL, readSchema, readTools, signature } from "./dialects.js";
+import { dialects } from "./dialects.js";
+import { EXAMPLE_SCHEMA, EXAMPLE_TOOL, readSchema, readTools, signature } from "./tools.js";
 import { $, attribute, copyField, h, text } from "./dom.js";
 import { sseEvents } from "./events.js";
 import { exports } from "./export.js";
@@ -210,7 +211,7 @@ export class Chat {
     try {
       const reply = await ask(dialect.path, {
         method: "POST", body: JSON.stringify(body), signal: abort.signal,
-        headers: { "content-type": "application/json", ...(dialect.path === "v1/messages" && { "anthropic-version": "2023-06-01" }) },
+        headers: { "content-type": "application/json", ...dialect.headers },
       });
       if (!reply.ok) failure = await complaint(reply);
       else for await (const event of sseEvents(reply, { onComment: (comment) => step.wait(comment) })) dialect.read(event, on);

@@ -1,5 +1,7 @@
 """The dialect as a value."""
 
+import pathlib
+
 import msgspec
 
 from cortex.dialects.chat import request
@@ -30,4 +32,5 @@ CHAT = Dialect(
     request.decode,
     object_with(id=TEXT, object={"const": "chat.completion"}, created=COUNT, model=TEXT, choices=LIST, usage=OBJECT),
     Chosen,
+    page=pathlib.Path(__file__).with_name("page.js"),
 )

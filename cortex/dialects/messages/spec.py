@@ -1,5 +1,6 @@
 """The dialect as values: the messages, and the count of their tokens."""
 
+import pathlib
 import re
 
 import msgspec
@@ -43,6 +44,7 @@ MESSAGES = Dialect(
     envelope=errors.ENVELOPE,
     failure=_failure,
     is_translated=True,
+    page=pathlib.Path(__file__).with_name("page.js"),
 )  # fmt: skip
 COUNT_TOKENS = Dialect(
     MESSAGES.name,

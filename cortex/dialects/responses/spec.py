@@ -1,5 +1,6 @@
 """The dialect as values: responses, compaction of a conversation, and the count of a prompt's tokens."""
 
+import pathlib
 import re
 import time
 from typing import Any
@@ -91,6 +92,7 @@ RESPONSES = Dialect(
     failure=responses_failure,
     conversation="input",
     is_translated=True,
+    page=pathlib.Path(__file__).with_name("page.js"),
 )
 COMPACT = Dialect(
     RESPONSES.name,

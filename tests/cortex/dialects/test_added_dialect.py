@@ -1,6 +1,7 @@
 """A dialect is its folder and its line in the list: one that only tests have is served like any other."""
 
 import asyncio
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -13,6 +14,7 @@ from lines_dialect.spec import LINES
 from scripted_model import ScriptedHarness
 
 from cortex import api_description, config
+from cortex.dashboard import assets
 from cortex.dialects import registry
 from cortex.settings import ConfigError
 from cortex.wire.node import LoadRequest
@@ -83,6 +85,15 @@ async def test_a_node_that_speaks_chat_alone_serves_it(stream: bool) -> None:
         assert call.body.endswith(b"data: [DONE]\n\n")
     else:
         assert "".join(call.json()["lines"]).startswith("Hel")
+
+
+def test_its_module_is_one_of_the_dashboards(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.js"
+    page.write_text("export const dialect = {};\n")
+    monkeypatch.setattr(registry, "DIALECTS", (*registry.DIALECTS, dataclasses.replace(LINES, page=page)))
+    served = assets.read()
+    assert served["/dashboard/test-lines.js"].body == page.read_bytes()
+    assert b'import { dialect as dialect3 } from "./test-lines.js";' in served["/dashboard/dialects.js"].body
 
 
 def test_its_name_is_listed(tmp_path: pathlib.Path) -> None:
