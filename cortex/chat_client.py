@@ -7,7 +7,7 @@ answer are yielded as they come.
 import argparse
 import http.client
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,8 +16,10 @@ import orjson
 from cortex.gateway_client import GatewayError, ask, opened
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-TEXT_TOKENS: Final = 256
-"""Tokens of an answer of a model that only continues texts, which may not end one by itself."""
+OF_TEXTS: Final[dict[str, object]] = {"max_tokens": 256, "temperature": 0.0}
+"""Settings for a model without a chat template, which may end no text by itself, and wanders if tokens are drawn."""
+OF_QUESTIONS: Final[dict[str, object]] = {**OF_TEXTS, "stop": ["\nQuestion:"]}
+"""Settings for such a model where it is asked questions: it would go on to ask the next one itself."""
 
 SETTINGS: Final[dict[str, type]] = {
     "temperature": float,
@@ -66,11 +68,13 @@ class Answer:
 class Conversation:
     """Messages and settings; :meth:`ask` adds a question and, once it has come, the answer.
 
-    A model without a chat template continues the text of the conversation so far, by ``/v1/completions``.
+    A model without a chat template continues a text, by ``/v1/completions``: the conversation as questions and their
+    answers, or with ``is_text`` the conversation as it is.
     """
 
-    def __init__(self, options: argparse.Namespace, model: str, system: str = "") -> None:
+    def __init__(self, options: argparse.Namespace, model: str, system: str = "", *, is_text: bool = False) -> None:
         self._options = options
+        self._is_text = is_text
         self._is_chat = True
         self.system = system
         self.settings: dict[str, object] = {}
@@ -87,7 +91,7 @@ class Conversation:
         can = next((row.get("capabilities", ()) for row in rows if row["id"] == model), ())
         if can and "chat" not in can and "completion" not in can:
             raise GatewayError(f"{model} cannot chat; it can: {', '.join(can)}")
-        self.model, self._is_chat = model, not can or "chat" in can
+        self.model, self._is_chat = model, (not can or "chat" in can) and not self._is_text
 
     def ask(self, question: str, answer: Answer) -> Generator[tuple[str, str]]:
         """Yield the pieces of the answer, each after ``reasoning`` or ``text``, and fill ``answer`` with them.
@@ -113,9 +117,12 @@ class Conversation:
             system = [{"role": "system", "content": self.system}] if self.system else []
             return CHAT, {**streamed, "messages": [*system, *self.messages], **self.settings}
         if self.system or "reasoning_effort" in self.settings:
-            raise GatewayError(f"{self.model} has no chat template, so no system prompt and no reasoning effort")
-        text = "".join(message["content"] for message in self.messages)
-        return COMPLETIONS, {**streamed, "prompt": text, "max_tokens": TEXT_TOKENS, **self.settings}
+            why = "is asked to continue a text" if self._is_text else "has no chat template"
+            raise GatewayError(f"{self.model} {why}, so there is no system prompt and no reasoning effort")
+        if self._is_text:
+            text = "".join(message["content"] for message in self.messages)
+            return COMPLETIONS, {**streamed, "prompt": text, **OF_TEXTS, **self.settings}
+        return COMPLETIONS, {**streamed, "prompt": _as_questions(self.messages), **OF_QUESTIONS, **self.settings}
 
     def _stream(self, answer: Answer) -> Iterator[tuple[str, str]]:
         path, body = self._request()
@@ -127,6 +134,10 @@ class Conversation:
                     for choice in chunk.get("choices", ()):
                         answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
                         for kind, piece in _pieces(choice):
+                            if not answer.text and not self._is_chat and not self._is_text:
+                                piece = piece.lstrip()
+                                if not piece:
+                                    continue
                             now = time.monotonic()
                             first = first or now
                             answer.ttft_s, answer.seconds = first - start, now - first
@@ -139,6 +150,12 @@ class Conversation:
                 raise GatewayError(f"the answer broke off: {error}") from error
         if not answer.finish_reason:
             raise GatewayError("the answer broke off: the stream ended before it")
+
+
+def _as_questions(messages: Sequence[Mapping[str, str]]) -> str:
+    """Return a conversation as questions and answers, for a model that continues texts to answer the last one."""
+    form = {"user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
+    return "".join(form[message["role"]].format(message["content"].strip()) for message in messages)
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

@@ -34,6 +34,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     run.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, e.g. temperature=0.2"
     )
+    run.add_argument(
+        "--text", action="store_true", help="continue the prompt as a text, also with a model that can chat"
+    )
     run.add_argument("--json", action="store_true", help="print the answer with its figures as JSON")
     run.add_argument("--no-start", action="store_true", help="start no daemons where none run")
     run.set_defaults(run=_run)
@@ -46,7 +49,9 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError("--json", "", "is for one answer: give a prompt, or pipe one in")
     with gateway_client.reasons_alone(), contextlib.ExitStack() as stack:
         start_if_needed(options, stack)
-        conversation = Conversation(options, preparation.prepare(options, options.model), options.system)
+        conversation = Conversation(
+            options, preparation.prepare(options, options.model), options.system, is_text=options.text
+        )
         conversation.settings = settings
         if question is not None:
             return _answer_once(conversation, question, as_json=options.json)

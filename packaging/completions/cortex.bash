@@ -13,7 +13,7 @@ _cortex() {
     case "$command" in
         '') mapfile -t COMPREPLY < <(compgen -W 'serve run pull show rm ps search status models load unload forget pin drain dashboard reload keys usage capture launch demo -h --help --version' -- "$current") ;;
         serve) mapfile -t COMPREPLY < <(compgen -W '-h --help --config --listen --metrics-listen --workers --check' -- "$current") ;;
-        run) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --context --node --id --system --set --json --no-start' -- "$current") ;;
+        run) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --context --node --id --system --set --text --json --no-start' -- "$current") ;;
         pull) mapfile -t COMPREPLY < <(compgen -W '-h --help --json --url --config --key-file --ca-file --context --node --id' -- "$current") ;;
         show) mapfile -t COMPREPLY < <(compgen -W '-h --help --json --url --config --key-file --ca-file --context --node --id' -- "$current") ;;
         rm) mapfile -t COMPREPLY < <(compgen -W '-h --help --json --url --config --key-file --ca-file' -- "$current") ;;

@@ -39,6 +39,7 @@ complete -c cortex -n '__fish_seen_subcommand_from run' -l node -x -d 'on this n
 complete -c cortex -n '__fish_seen_subcommand_from run' -l id -x -d 'name of a new model for clients'
 complete -c cortex -n '__fish_seen_subcommand_from run' -l system -x -d 'system prompt'
 complete -c cortex -n '__fish_seen_subcommand_from run' -l set -x -d 'a parameter, e.g. temperature=0.2'
+complete -c cortex -n '__fish_seen_subcommand_from run' -l text -d 'continue the prompt as a text, also with a model that can chat'
 complete -c cortex -n '__fish_seen_subcommand_from run' -l json -d 'print the answer with its figures as JSON'
 complete -c cortex -n '__fish_seen_subcommand_from run' -l no-start -d 'start no daemons where none run'
 complete -c cortex -n '__fish_seen_subcommand_from pull' -s h -l help -d 'show this help message and exit'

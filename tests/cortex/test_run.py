@@ -384,7 +384,7 @@ def test_a_stream_that_goes_wrong(stream: bytes, message: str, monkeypatch: pyte
     assert len(conversation.messages) == (2 if b"content" in stream else 0)
 
 
-def test_a_model_without_a_template_continues_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_template_answers_questions_or_continues_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
     stream = b'data: {"choices": [{"text": " b", "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
 
@@ -397,14 +397,27 @@ def test_a_model_without_a_template_continues_the_text(monkeypatch: pytest.Monke
     monkeypatch.setattr(chat_client, "ask", lambda *_: json.dumps(listing).encode())
     conversation = Conversation(options(""), "m")
     for question in ("a", " c"):
-        assert list(conversation.ask(question, Answer())) == [("text", " b")]
+        assert list(conversation.ask(question, Answer())) == [("text", "b")]
     assert [(path, body["prompt"]) for path, body in asked] == [
-        ("/v1/completions", "a"),
-        ("/v1/completions", "a b c"),
+        ("/v1/completions", "Question: a\nAnswer:"),
+        ("/v1/completions", "Question: a\nAnswer: b\n\nQuestion: c\nAnswer:"),
     ]
+    assert (asked[0][1]["stop"], asked[0][1]["temperature"]) == (["\nQuestion:"], 0)
     conversation.system = "Be brief."
     with pytest.raises(GatewayError, match="no chat template"):
         list(conversation.ask("a", Answer()))
+    for can in ("completion", "chat"):
+        listing["data"][0]["capabilities"] = [can]
+        conversation = Conversation(options(""), "m", is_text=True)
+        conversation.settings["temperature"] = 1.0
+        asked.clear()
+        for text in ("a", " c"):
+            assert list(conversation.ask(text, Answer())) == [("text", " b")]
+        assert [(path, body["prompt"]) for path, body in asked] == [
+            ("/v1/completions", "a"),
+            ("/v1/completions", "a b c"),
+        ]
+        assert ("stop" in asked[0][1], asked[0][1]["temperature"]) == (False, 1.0)
     listing["data"][0]["capabilities"] = ["embeddings"]
     with pytest.raises(GatewayError, match="cannot chat; it can: embeddings"):
         Conversation(options(""), "m")
