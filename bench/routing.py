@@ -288,7 +288,7 @@ class Ours(Router):
         prefix = request.prefix
         prompt = Prompt(number=next(self._numbers))
         if self._policy.uses_prefixes:
-            prompt = Prompt(prefix.num_bytes, self._index.cached_bytes(prefix), prefix.tie, prompt.number)
+            prompt = Prompt(self._index.cached_bytes(prefix), prefix.tie, prompt.number)
         loads = {name: node.load for name, node in nodes.items()}
         return self._policy.choose(loads, prompt, GatewaySettings().affinity_slack)
 

@@ -85,7 +85,6 @@ cdef class PrefixHashes:
     cdef uint64_t _hashes[MAX_BLOCKS]
     cdef Py_ssize_t _num_blocks
     cdef Py_ssize_t _whole_bytes  # of the only prefix, where a client's own key is that; else 0
-    cdef readonly Py_ssize_t num_bytes
     cdef readonly unsigned long tie
 
     @property
@@ -112,7 +111,7 @@ cpdef PrefixHashes prefix_hashes(str model, bytes body, cache_key=None, str prin
     if cache_key:
         found._hashes[0] = <uint64_t><int64_t>hash((model, principal, cache_key))
         found._num_blocks = 1
-        found._whole_bytes = found.num_bytes = len(body)
+        found._whole_bytes = len(body)
         found.tie = zlib.crc32(cache_key.encode(), zlib.crc32(model.encode()))
         return found
     cdef bytes head = body
@@ -135,7 +134,6 @@ cpdef PrefixHashes prefix_hashes(str model, bytes body, cache_key=None, str prin
             block += 1
             start = end
     found._num_blocks = block
-    found.num_bytes = max(len(body), SHORT)
     found.tie = zlib.crc32(head[:SHORT], zlib.crc32(model.encode()))
     return found
 

@@ -61,7 +61,7 @@ class Choices:
         if not policy.uses_prefixes:
             return Choice(policy, Prompt(number=number), self._slack, None, self._index)
         prefix = prefix_hashes(model, body, cache_key, principal)
-        prompt = Prompt(prefix.num_bytes, self._index.cached_bytes(prefix), prefix.tie, number)
+        prompt = Prompt(self._index.cached_bytes(prefix), prefix.tie, number)
         return Choice(policy, prompt, self._slack, prefix, self._index)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 class Prompt:
     """Prompt of one request, as a policy sees it."""
 
-    num_bytes: int = 0
     cached_bytes: Mapping[str, int] = field(default_factory=dict)
     """Length of the prompt's longest prefix that each node was sent before; nodes that were sent none are missing."""
     tie: int = 0

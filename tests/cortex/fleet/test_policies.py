@@ -19,7 +19,6 @@ from cortex.fleet.policies.registry import POLICIES
 LOADS = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 30), min_size=1)
 PROMPTS = st.builds(
     Prompt,
-    st.just(9000),
     st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 9) | st.just(9000)),
     st.integers(0, 5),
     st.integers(0, 2**40),
@@ -57,7 +56,7 @@ def test_requests_of_new_prompts_are_balanced(policy: Policy) -> None:
     """Within the bound of each: one request, and for two choices the logarithm of a logarithm."""
     loads = dict.fromkeys("abcdefgh", 0)
     for number in range(800):
-        loads[policy.choose(loads, Prompt(9000, {}, number, number), 8)] += 1
+        loads[policy.choose(loads, Prompt({}, number, number), 8)] += 1
     assert max(loads.values()) - min(loads.values()) <= {"power_of_two": 6}.get(policy.name, 1)
 
 
@@ -88,7 +87,7 @@ def test_two_choices_do_not_herd() -> None:
 
 def test_a_conversation_goes_on_where_it_was_unless_that_is_much_busier() -> None:
     def place(cached: Mapping[str, int], **more: int) -> str:
-        return prefix_affine.choose({"a": 0, "b": 0, "c": 0, **more}, Prompt(9000, cached), 4)
+        return prefix_affine.choose({"a": 0, "b": 0, "c": 0, **more}, Prompt(cached), 4)
 
     assert place({"b": 9000}) == "b"
     assert place({"b": 9000}, b=4) == "b"
@@ -107,10 +106,10 @@ def test_affinity_is_bounded_by_the_slack_and_takes_the_longest_prefix_within_it
     assert loads[chosen] <= least + slack
     assert all(cached.get(name, 0) <= cached.get(chosen, 0) for name in loads if loads[name] <= least + slack)
     # A longer prefix there keeps the choice; a longer one elsewhere moves it only there.
-    longer = Prompt(9000, {**cached, chosen: 9001}, prompt.tie)
+    longer = Prompt({**cached, chosen: 9001}, prompt.tie)
     assert prefix_affine.choose(loads, longer, slack) == chosen
     for name in loads:
-        other = prefix_affine.choose(loads, Prompt(9000, {**cached, name: 9001}, prompt.tie), slack)
+        other = prefix_affine.choose(loads, Prompt({**cached, name: 9001}, prompt.tie), slack)
         assert other in {chosen, name}
 
 
