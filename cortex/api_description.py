@@ -6,6 +6,7 @@ from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, LoadAct, Model
 from cortex.admin_keys import KeysReport, MadeKey, NewKey, RevokedKey
 from cortex.admin_models import FitAct, FitReport, KnownReport, PullAct, Removed
 from cortex.admin_usage import UsageReport
+from cortex.capture.admin import CaptureReport, NewCapture
 from cortex.config import ModelProfile
 from cortex.dialects import openapi, registry
 from cortex.dialects.openapi import Operation
@@ -64,6 +65,11 @@ OPERATIONS = (
         UsageReport,
         query={"from": _DAY, "to": _DAY, "key": TEXT, "model": TEXT, "by": TEXT},
     ),
+    Operation("GET", "/admin/capture", "Report the capture of a key's requests.", CaptureReport),
+    Operation("POST", "/admin/capture", "Begin to capture a key's requests.", CaptureReport, NewCapture),
+    Operation("DELETE", "/admin/capture", "Remove what was captured.", CaptureReport),
+    Operation("POST", "/admin/capture/end", "End the capture, and keep it for a while.", CaptureReport),
+    Operation("GET", "/admin/capture/{request_id}", "Return a captured request, whole.", OBJECT),
     Operation("GET", "/admin/models", "List the models, where they are and how they are sampled.", FullOfferList),
     Operation("POST", "/admin/models", "Add a model to the catalogue.", ModelProfile, ModelProfile),
     Operation("GET", "/admin/models/known", "List the models that are known by a short name.", KnownReport),

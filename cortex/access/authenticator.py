@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cortex.access.keys import KeyRing, Principal
+from cortex.access.keys import LOCAL_NAME, KeyRing, Principal
 from cortex.access.rate_limiter import Lease, RateLimiter, Reason, Refusal
 from cortex.wire.errors import ApiError, ForbiddenError, OverloadedError, UnauthorizedError
 
@@ -97,7 +97,7 @@ class Reservation:
             await asyncio.shield(asyncio.ensure_future(_settle(rate_limiter, lease, used_tokens)))
 
 
-LOCAL = Principal("local", is_admin=True)
+LOCAL = Principal(LOCAL_NAME, is_admin=True)
 """Principal of a caller with the administrator's token of this host."""
 
 UNCOUNTED = Reservation(None, None)

@@ -21,7 +21,9 @@ from cortex.settings import ConfigError, convert, read_toml, warn_if_readable_by
 from cortex.wire.errors import ForbiddenError, UnauthorizedError, UnavailableError
 
 PREFIX = "sk-cortex-"
-ANONYMOUS = "anonymous"
+ANONYMOUS, LOCAL_NAME = "anonymous", "local"
+RESERVED = {ANONYMOUS: "those without a key", LOCAL_NAME: "the administrator of the gateway's host"}
+"""Names that no new key gets, each with its bearer."""
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,62}\Z"
 NAME_RULE = "a name is 1 to 63 of A-Z a-z 0-9 . _ @ -, and begins with a letter or a digit"
@@ -234,8 +236,8 @@ def check_name(name: str) -> None:
     """Raise :class:`ValueError`, with the rule, for a name that no key can have."""
     if not re.match(NAME_PATTERN, name):
         raise ValueError(f"{name!r} cannot be a key's name: {NAME_RULE}")
-    if name == ANONYMOUS:
-        raise ValueError(f"{name!r} is taken: it stands for those without a key")
+    if name in RESERVED:
+        raise ValueError(f"{name!r} is taken: it stands for {RESERVED[name]}")
 
 
 def new_key() -> tuple[str, str]:

@@ -203,6 +203,7 @@ async def test_a_key_is_made_used_changed_and_revoked(
         ({"models": ["*"]}, "missing_required_parameter"),
         ({"name": "a b"}, "invalid_type"),
         ({"name": "anonymous"}, "invalid_value"),
+        ({"name": "local"}, "invalid_value"),
         ({"name": "a", "models": []}, "invalid_value"),
         ({"name": "a", "max_concurrent": -1}, "invalid_type"),
         ({"name": "a", "model": ["m"]}, "invalid_json"),
