@@ -65,6 +65,8 @@ class Exchange(abc.ABC):
     """HTTP status that was sent, 0 before that."""
     loop: asyncio.AbstractEventLoop | None = None
     """Event loop of the exchange, if known: looking it up costs a system call."""
+    disconnect_error: type[Exception] = ClientDisconnectedError
+    """Error of :meth:`read_whole` for a client that disconnects."""
     body_timeout_s = BODY_TIMEOUT_S
     """Timeout of the body; see :mod:`cortex.request_body`."""
     is_alone = True
@@ -102,6 +104,14 @@ class Exchange(abc.ABC):
         except (BodyTooLargeError, SlowBodyError):
             self.is_last = self.is_last or self.is_alone
             raise
+
+    def read_whole(self, limit_bytes: int) -> tuple[Awaitable[bytes], float] | None:
+        """Return what to await for the whole body, and the seconds that it may take.
+
+        ``None`` where :meth:`read_body` has more to do: the server does not assemble the body, or it is encoded. The
+        caller reports a body that is late, by :func:`~cortex.request_body.slow_body`, and ``disconnect_error``.
+        """
+        return None
 
     @abc.abstractmethod
     async def _read(self, declared: int | None, limit_bytes: int) -> bytes:

@@ -6,7 +6,6 @@ does not: a limit on silence alone would allow a byte a second for ever. The bod
 
 import asyncio
 from collections.abc import AsyncIterator
-from types import TracebackType
 
 from cortex.wire.errors import BodyTooLargeError, SlowBodyError
 
@@ -65,40 +64,6 @@ async def read_at_most(limit_bytes: int, pieces: AsyncIterator[bytes], timeout_s
     except TimeoutError:
         raise slow_body(size_bytes, timeout_s) from None
     return first if num_pieces <= 1 else bytes(rest)
-
-
-class Deadline:
-    """Context with a deadline for a body of a known size that the server assembles.
-
-    It costs half as much as :func:`asyncio.timeout`.
-
-    Raises:
-        SlowBodyError: the body took too long; the block has been cancelled.
-    """
-
-    __slots__ = ("_is_over", "_loop", "_task", "_timeout_s", "_timer")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, timeout_s: float, size_bytes: int) -> None:
-        self._loop = loop
-        self._timeout_s = timeout_s
-        self._timer = loop.call_later(timeout_s + size_bytes / BYTES_A_SECOND, self._end)
-
-    def __enter__(self) -> None:
-        task = asyncio.current_task(self._loop)
-        assert task is not None
-        self._task = task
-        self._is_over = False
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._timer.cancel()
-        if self._is_over and not self._task.uncancel() and isinstance(error, asyncio.CancelledError):
-            raise slow_body(None, self._timeout_s) from None
-
-    def _end(self) -> None:
-        self._is_over = True
-        self._task.cancel()
 
 
 def slow_body(size_bytes: int | None, timeout_s: float) -> SlowBodyError:

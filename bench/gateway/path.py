@@ -37,12 +37,14 @@ from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, S
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
 from cortex.server.ending import Ending
+from cortex.upstream import Pool
 from cortex.worker import collect_seldom
 
 NOWHERE = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process is there
 NUM_SSE_EVENTS = 32
 FEW_AND_MANY = 200, 600
 NOISE = 0.05
+NO_LIMITS = Limits()
 COLLECTED = re.compile(r"Collected : (\d+)")
 KEPT = pathlib.Path(__file__).parents[1] / "results" / "gateway_path.json"
 WHOLE = (
@@ -76,10 +78,12 @@ STREAM = (
 
 @dataclass(frozen=True)
 class Kind:
-    """Kind of request: its body, and the node's answer in pieces."""
+    """Kind of request: its body, the node's answer in pieces, how many nodes have the model, and the key's limits."""
 
     body: bytes
     answer: Sequence[bytes]
+    num_replicas: int = 1
+    limits: Limits = NO_LIMITS
 
 
 def _body(stream: bool, pad: int = 0) -> bytes:
@@ -94,17 +98,23 @@ KINDS: Mapping[str, Kind] = {
     "whole": Kind(_body(stream=False), ANSWER),
     "large": Kind(_body(stream=False, pad=60_000), ANSWER),
     "stream": Kind(_body(stream=True), STREAM),
+    "agent": Kind(
+        _body(stream=True, pad=60_000),
+        STREAM,
+        num_replicas=2,
+        limits=Limits(max_concurrent=64, tokens_per_window=10**12),
+    ),
 }
 
 
 class Wire(asyncio.Transport):
     """Transport whose other end answers each request in the same way, a loop iteration a piece, or not at all."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, answer: Sequence[bytes] = ()) -> None:
         super().__init__()
         self._loop = loop
         self.connection: Any = None
-        self.answer: Sequence[bytes] = ()
+        self.answer = answer
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Be its own socket."""
@@ -206,22 +216,31 @@ class Scope:
         }
 
 
-async def ready_gateway() -> tuple[Gateway, Wire]:
-    """Return a gateway of one node with one model, and a connection to it."""
+async def ready_gateway(kind: Kind) -> Gateway:
+    """Return a gateway of nodes with one model, with a connection to each."""
     digest = hashlib.sha256(KEY.encode()).digest()
-    keys = KeyRing({digest[:8]: (digest, Principal("bench", ("*",), limits=Limits()))}, None)
+    keys = KeyRing({digest[:8]: (digest, Principal("bench", ("*",), limits=kind.limits))}, None)
+    nodes = tuple(
+        NodeSettings(f"node{number}", f"http://127.0.0.1:{9 + number}") for number in range(kind.num_replicas)
+    )
     config = Config(
         gateway=GatewaySettings(metrics_listen=""),
         store=StoreSettings(path=":memory:"),
-        neurons=(NodeSettings("node0", "http://127.0.0.1:9"),),
+        neurons=nodes,
     )
     gateway = Gateway(config, Catalogue({"m": ModelProfile(id="m", source="/m")}, {}, prefixes={}), keys)
-    known = gateway.fleet.state.nodes["node0"]
-    gateway.fleet.replace(
-        dataclasses.replace(known, up=True, polled=True, discovery=DISCOVERY, health=HEALTH, models={"m": MODEL})
-    )
-    wire = Wire(asyncio.get_running_loop())
-    pool = gateway.service.pools["node0"]
+    for node in nodes:
+        known = gateway.fleet.state.nodes[node.name]
+        gateway.fleet.replace(
+            dataclasses.replace(known, up=True, polled=True, discovery=DISCOVERY, health=HEALTH, models={"m": MODEL})
+        )
+        _connect(gateway.service.pools[node.name], kind.answer)
+    return gateway
+
+
+def _connect(pool: Pool, answer: Sequence[bytes]) -> None:
+    """Let a pool have one connection, whose other end answers."""
+    wire = Wire(asyncio.get_running_loop(), answer)
     wire.connection = connection = Connection(pool, asyncio.get_running_loop())
     connection.connection_made(wire)
 
@@ -229,15 +248,13 @@ async def ready_gateway() -> tuple[Gateway, Wire]:
         return connection
 
     pool._connect = connect  # type: ignore[method-assign]
-    return gateway, wire
 
 
 async def run(kind: Kind, num_requests: int) -> float:
     """Serve requests one by one; return the CPU microseconds of one."""
     logs.configure(logs.LogFormat.TEXT)
     logging.getLogger("cortex").handlers[0].setStream(NOWHERE)  # type: ignore[attr-defined]
-    gateway, wire = await ready_gateway()
-    wire.answer = kind.answer
+    gateway = await ready_gateway(kind)
     scope = Scope(kind.body)
     application = Application({})
     application.gateway, application.ending = gateway, Ending(0, [], gateway.end_requests)

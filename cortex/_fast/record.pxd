@@ -18,5 +18,6 @@ cdef class Record:
     cdef readonly double begun_s
     cdef double first_token_at_s
     cdef double ended_s
+    cdef tuple final_counts
 
     cpdef tuple counts(self)

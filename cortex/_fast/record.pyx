@@ -84,9 +84,14 @@ cdef class Record:
 
         A stream that broke off had at least one token for each SSE event, whatever usage its node had reported.
         """
-        cdef tuple counts = (0, 0, 0) if self.usage is None else self.usage.counts()
+        cdef tuple counts
+        if self.final_counts is not None:
+            return self.final_counts
+        counts = (0, 0, 0) if self.usage is None else self.usage.counts()
         if (self.usage is None or self.status != 200) and self.num_token_events > counts[1]:
-            return (counts[0], self.num_token_events, counts[2])
+            counts = (counts[0], self.num_token_events, counts[2])
+        if self.ended_s:
+            self.final_counts = counts
         return counts
 
     def fields(self):

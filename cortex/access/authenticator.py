@@ -93,7 +93,11 @@ class Reservation:
     async def settle(self, used_tokens: int) -> None:
         """Record the tokens used. Completes even if the calling task is being cancelled."""
         rate_limiter, lease, self._lease = self._rate_limiter, self._lease, None
-        if rate_limiter is not None and lease is not None:
+        if rate_limiter is None or lease is None:
+            return
+        if rate_limiter.is_local:
+            await _settle(rate_limiter, lease, used_tokens)
+        else:
             await asyncio.shield(asyncio.ensure_future(_settle(rate_limiter, lease, used_tokens)))
 
 

@@ -66,6 +66,9 @@ class Usage(msgspec.Struct, frozen=True):
 class RateLimiter(Protocol):
     """The counters of all principals, with a clock of their own."""
 
+    is_local: bool
+    """Whether the counters are in this process, so that nothing is awaited."""
+
     async def take(self, name: str, limits: Limits, reserve_tokens: int, num_sequences: int = 1) -> Lease | Refusal:
         """Return a lease for a request, or its refusal. A request for no answers and no tokens is only counted."""
 
@@ -96,6 +99,8 @@ class _Account:
 
 class MemoryRateLimiter:
     """The counters of one process, which a restart resets."""
+
+    is_local = True
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

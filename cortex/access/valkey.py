@@ -105,6 +105,8 @@ class RateLimiterUnavailableError(UnavailableError):
 class ValkeyRateLimiter:
     """A rate limiter at ``redis://[user:password@]host:port[/database]``. Needs the ``redis`` package."""
 
+    is_local = False
+
     def __init__(self, url: str) -> None:
         """Raises ``ValueError`` where the client library is not installed or the URL is invalid."""
         try:

@@ -85,6 +85,7 @@ cdef class Request(Listener):
     cdef object pause
     cdef object task
     cdef bint has_disconnected
+    cdef bint is_late
     # of a stream
     cdef readonly NodeStream node_stream
     cdef Writer writer
@@ -96,6 +97,7 @@ cdef class Request(Listener):
     cdef object beating
     cdef double begun_s
 
+    cdef bint take_answer(self) except -1
     cdef bint find_route(self) except -1
     cdef bint send(self) except -1
     cdef int give_up(self) except -1

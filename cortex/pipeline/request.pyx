@@ -31,6 +31,7 @@ from cortex.errors import NotAnAnswerError
 from cortex.fleet.node_request import NodeResponse
 from cortex.fleet.refusals import wrong_head
 from cortex.http_io import ClientDisconnectedError
+from cortex.request_body import slow_body
 from cortex.wire.errors import ApiError, UpstreamTimeoutError
 from cortex.wire.headers import CLIENT_CLOSED_REQUEST as _CLIENT_CLOSED_REQUEST
 from cortex.wire.headers import FORWARDED as _FORWARDED
@@ -209,7 +210,23 @@ cdef class Request(Listener):
         cdef Record record = self.record
         cdef bint has_left = False
         try:
-            self.body = await self.exchange.read_body(access.max_body_bytes)
+            reading = self.exchange.read_whole(access.max_body_bytes)
+            if reading is None:
+                self.body = await self.exchange.read_body(access.max_body_bytes)
+            else:
+                self.task = current_task(self.pipeline.loop)
+                timer = self.pipeline.loop.call_later(reading[1], self.cut_off)
+                try:
+                    self.body = await reading[0]
+                except self.exchange.disconnect_error:
+                    raise ClientDisconnectedError from None
+                except CancelledError:
+                    if not self.is_late or self.task.uncancel():
+                        raise
+                    self.exchange.is_last = self.exchange.is_last or self.exchange.is_alone
+                    raise slow_body(None, self.exchange.body_timeout_s) from None
+                finally:
+                    timer.cancel()
             self.found = access.parameters.read(self.body)
             if not self.find_route():
                 await self.pipeline.steps(self)
@@ -221,8 +238,12 @@ cdef class Request(Listener):
                 await self.pipeline.steps(self)
             elif record.is_stream:
                 await self.stream(self.stream_at_once)
-            elif not await self.answer_at_once():
-                await self.pipeline.steps(self)
+            else:
+                await self.until_disconnect(None)
+                if self.take_answer():
+                    await self.exchange.reply(200, self.answer)
+                else:
+                    await self.pipeline.steps(self)
         except ClientDisconnectedError:
             has_left = True
             record.status, record.finish = _CLIENT_CLOSED_REQUEST, "disconnected"
@@ -239,6 +260,11 @@ cdef class Request(Listener):
                     await self.reservation.settle(tokens_used(record, self.reservation, has_left=has_left))
             finally:
                 self.pipeline.request_log.record(record)
+
+    def cut_off(self):
+        """Stop waiting for the body."""
+        self.is_late = True
+        self.task.cancel()
 
     cdef bint find_route(self) except -1:
         """Return whether the body goes unchanged to a node that is known."""
@@ -380,12 +406,10 @@ cdef class Request(Listener):
 
     # ------------------------------------------------------------ BODY
 
-    async def answer_at_once(self):
-        """Answer with the node's whole answer; return false if it is not one, or has not come in one piece."""
-        cdef Response response
+    cdef bint take_answer(self) except -1:
+        """Take the node's whole answer; return false if it is not one, or has not come in one piece."""
+        cdef Response response = self.response
         cdef bytes body
-        await self.until_disconnect(None)
-        response = self.response
         if response.connection is not None or response.error is not None or response.status != 200 or not response.chunks:
             return False
         if response.header(b"content-encoding") is not None:
@@ -404,7 +428,7 @@ cdef class Request(Listener):
             self.pipeline.breakers.succeed(self.record.node, self.route.model)
         self.in_flight_request.release()
         self.state = IDLE
-        await self.exchange.reply(200, body)
+        self.answer = body
         return True
 
     async def until_disconnect(self, work):
