@@ -48,9 +48,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("hub")
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, site: FileServer, cache: pathlib.Path) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("daemons")
+@contextlib.contextmanager
+def serving(folder: pathlib.Path, site: FileServer, cache: pathlib.Path, *within: str) -> Iterator[str]:
+    """Run a neuron, by the command ``within`` if there is one, and a gateway; yield its address."""
     ports = [daemons.free_port() for _ in range(2)]
     (folder / "cortex.toml").write_text(
         f'[gateway]\nlisten = "127.0.0.1:{ports[0]}"\nmetrics_listen = ""\n'
@@ -58,7 +58,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, site: FileServer, cache: pathl
         f'[store]\npath = "{folder}/responses.db"\n'
     )
     (folder / "models.toml").write_text("")
-    neuron = ("neuron", "--devices", "cpu", "--listen", f"127.0.0.1:{ports[1]}")
+    neuron = (*within, "neuron", "--devices", "cpu", "--listen", f"127.0.0.1:{ports[1]}")
     gateway = ("cortex", "serve", "--config", f"{folder}/cortex.toml")
     with contextlib.ExitStack() as stack:
         node = daemons.daemon(
@@ -69,6 +69,12 @@ def url(tmp_path_factory: pytest.TempPathFactory, site: FileServer, cache: pathl
         server = stack.enter_context(daemons.daemon(*gateway, port=ports[0], log=folder / "cortex.log"))
         daemons.until(lambda: (server.get("/health") or {}).get("nodes_up"), 20, "the node is up")
         yield server.url
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, site: FileServer, cache: pathlib.Path) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("daemons"), site, cache) as found:
+        yield found
 
 
 @pytest.fixture
@@ -143,6 +149,30 @@ def test_what_is_downloaded_needs_no_hub(cortex: Callable[..., tuple[int, str, s
     status, _, line = cortex("run", "hf:o/new", QUESTION)
     assert status == 1
     assert re.search(r"The download of o/new failed: the server answered 503", line), line
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: pathlib.Path, site: FileServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is on a disk of 1 MiB, which only the neuron sees."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    apart = ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not have mounts of its own")
+    program = pathlib.Path(sys.executable).with_name("neuron")
+    mounted = [*apart, "sh", "-c", f'mount -t tmpfs -o size=1m tmpfs {cache} && exec {program} "$@"']
+    (tmp_path / "apart.py").write_text(f"import os, sys; os.execvp('unshare', {mounted!r} + sys.argv[1:])")
+    within = ("python", str(tmp_path / "apart.py"))
+    with serving(tmp_path, site, cache, *within) as url:
+        assert cli.main(["run", "hf:o/n", QUESTION, "--url", url]) == 1
+    told = capfd.readouterr()
+    assert told.out == ""
+    wanted = (
+        r"cortex: .*m-Q4_1\.gguf needs 0\.1\d GB; .*/cache/.* has 0\.00 GB free: make room, or move the cache \(.*\)\."
+    )
+    assert re.fullmatch(wanted, told.err.splitlines()[-1]), told.err
 
 
 def test_without_a_configuration_both_daemons_run_for_the_command(
