@@ -45,6 +45,7 @@ class KeyReport(Limits, frozen=True, kw_only=True):
     used: Usage
     expires_s: float = 0.0
     last_used_s: float = 0.0
+    created_s: float = 0.0
     added: bool = False
 
 
@@ -114,6 +115,7 @@ class KeyAdmin:
                     used=used,
                     expires_s=principal.expires_s,
                     last_used_s=last_used_s.get(principal.name, 0.0),
+                    created_s=ring.added.get(principal.name, 0.0),
                     added=principal.name in ring.added,
                 )
             )

@@ -56,7 +56,7 @@ def joined(configured: KeyRing, file: AddedKeysFile, path: pathlib.Path) -> KeyR
     """
     principals = dict(configured.principals)
     theirs = {ANONYMOUS, *(principal.name for _, principal in principals.values())}
-    added: set[str] = set()
+    added: dict[str, float] = {}
     for index, key in enumerate(file.keys):
         if key.name in added:
             raise ConfigError(str(path), f"keys[{index}].name", f"{key.name!r} is used twice")
@@ -67,8 +67,8 @@ def joined(configured: KeyRing, file: AddedKeysFile, path: pathlib.Path) -> KeyR
             log.warning("%s: keys[%d]: keys.toml has %r or its hash too, so this one is refused", path, index, key.name)
             continue
         principals[digest[:INDEX_BYTES]] = digest, key.principal()
-        added.add(key.name)
-    return KeyRing(principals, configured.anonymous, frozenset(added))
+        added[key.name] = key.created_at.timestamp()
+    return KeyRing(principals, configured.anonymous, added)
 
 
 def add(path: pathlib.Path | None, key: AddedKey) -> None:

@@ -136,12 +136,13 @@ class KeyRing:
     """All keys, and the principal of requests without one; ``None``: these are refused.
 
     ``principals`` are indexed by the first bytes of a key's hash; the whole hash is then compared in constant time.
-    ``added`` has the names of the keys that administrators made at the gateway (:mod:`cortex.access.added`).
+    ``added`` has the keys that administrators made at the gateway (:mod:`cortex.access.added`), and when: Unix times by
+    name.
     """
 
     principals: Mapping[bytes, tuple[bytes, Principal]] = field(default_factory=dict)
     anonymous: Principal | None = EVERYBODY
-    added: frozenset[str] = frozenset()
+    added: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_open(self) -> bool:

@@ -36,11 +36,12 @@ export class ClientKeys extends Polled {
 
   path() { return "admin/keys"; }
 
-  row({ name, models, priority, used, added, last_used_s, ...rest }) {
+  row({ name, models, priority, used, added, created_s, last_used_s, ...rest }) {
+    const since = created_s ? `made on ${new Date(created_s * 1000).toLocaleString()}` : null;
     const end = button("Revoke", async (element) => { await revoke(element, name); this.look(); }, { "aria-label": `Revoke ${name}` });
     return h(
       "tr", { "data-key": name },
-      h("th", { scope: "row" }, name, about(rest)),
+      h("th", { scope: "row", title: since }, name, about(rest)),
       h("td.wide", {}, models.includes("*") ? "all" : models.join(", ")),
       h("td.number.wide", {}, String(priority)),
       h("td.number.wide", {}, of(used.requests, rest.requests_per_minute)),
