@@ -107,6 +107,30 @@ async def test_unauthorized_clients_are_refused_before_the_handshake(
                 assert sent == [{"type": "websocket.close"}]
 
 
+async def test_a_key_that_is_revoked_asks_nothing_more_of_an_open_connection() -> None:
+    sent: list[dict[str, object]] = []
+    coming: asyncio.Queue[dict[str, object]] = asyncio.Queue()
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    neuron = FakeNode(dialects=("openai-responses",)).ready("m")
+    async with rig(neuron, keys=ring((KEY, Principal("alice")))) as gateway:
+        coming.put_nowait({"type": "websocket.connect"})
+        headers = [(b"authorization", b"Bearer " + KEY.encode())]
+        scope = {"type": "websocket", "path": "/v1/responses", "headers": headers, "client": ("127.0.0.1", 1)}
+        serving = asyncio.create_task(gateway.gateway.handle_socket(scope, coming.get, send))  # type: ignore[arg-type]
+        await until(lambda: sent == [{"type": "websocket.accept"}])
+        gateway.gateway.authenticator.keys = ring(("another", Principal("bob")))
+        ask = {"type": "response.create", "model": "m", "input": "Hi", "store": False}
+        coming.put_nowait({"type": "websocket.receive", "text": json.dumps(ask)})
+        await until(lambda: len(sent) > 1)
+        coming.put_nowait({"type": "websocket.disconnect"})
+        await serving
+        assert "invalid_api_key" in str(sent[1])
+        assert not neuron.requests
+
+
 async def exchange(gateway: Rig, messages: list[dict[str, object]], num_answers: int) -> list[dict[str, object]]:
     """Return what a connection is sent for some messages."""
     sent: list[dict[str, object]] = []
