@@ -43,40 +43,17 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """Number of content parts of earlier messages that were replaced by text."""
 
 
-class SingleCall(Call, frozen=True):
-    """A decoded body that asks a model for one answer."""
+class GenerationCall(Call, frozen=True):
+    """A decoded body that a model answers with events."""
 
     request: InferenceRequest
     stream: bool
 
     @property
     def requests(self) -> tuple[InferenceRequest, ...]:
-        """The request alone."""
-        return (self.request,)
-
-
-class GenerationCall(Protocol):
-    """Decoded body of a request that a model answers with events."""
-
-    @property
-    def request(self) -> InferenceRequest:
-        """The request; of several, the first."""
-
-    @property
-    def requests(self) -> tuple[InferenceRequest, ...]:
         """The requests to the model, which are answered together."""
-
-    @property
-    def stream(self) -> bool:
-        """Whether the answer is streamed."""
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Unknown members of the body."""
-
-    @property
-    def num_omitted(self) -> int:
-        """Number of content parts of earlier messages that were replaced by text."""
+        return (self.request,)
 
     def encoder(self, answering: Answering) -> Encoder:
         """Return the encoder of the answer."""
+        raise NotImplementedError

@@ -5,7 +5,7 @@ for the same things. A form may be asked for in one way only.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -18,6 +18,17 @@ MAX_STOP_TOKENS = 64
 MAX_BAD_WORDS = 256
 MAX_GUIDED_CHOICES = 1024
 MAX_TOKEN_ID = (1 << 31) - 1
+
+SAMPLING: Mapping[str, tuple[float, float]] = {
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "top_k": (-1, 1 << 31),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "seed": (-(1 << 63), (1 << 63) - 1),
+}
+"""Numbers of :class:`Sampling` that every dialect has under the same name, and their limits."""
 
 Schema = dict[str, Any] | str
 """A JSON schema, or the text of it."""
@@ -83,15 +94,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         repetition = self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
         repetition_name = "repeat_penalty" if self.repetition_penalty is None else "repetition_penalty"
         return Sampling(
-            temperature=in_range("temperature", self.temperature, 0, 2),
-            top_p=in_range("top_p", self.top_p, 0, 1),
-            top_k=in_range("top_k", self.top_k, -1, 1 << 31),
-            min_p=in_range("min_p", self.min_p, 0, 1),
+            **{name: in_range(name, getattr(self, name), *limits) for name, limits in SAMPLING.items()},
             repetition_penalty=in_range(repetition_name, repetition, 1e-3, 10),
-            presence_penalty=in_range("presence_penalty", self.presence_penalty, -2, 2),
-            frequency_penalty=in_range("frequency_penalty", self.frequency_penalty, -2, 2),
             logit_bias=token_bias(self.logit_bias),
-            seed=in_range("seed", self.seed, -(1 << 63), (1 << 63) - 1),
             bad_words=_texts("bad_words", self.bad_words, MAX_BAD_WORDS) if self.bad_words else (),
         )
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cortex.dialects.call import Answering, SingleCall
+from cortex.dialects.call import Answering, GenerationCall
 from cortex.wire.errors import UpstreamError
 from cortex.wire.events import InferenceEvent, Started
 
 
-class CountCall(SingleCall, frozen=True):
+class CountCall(GenerationCall, frozen=True):
     """A decoded call.
 
     Its request is for one token: the usage of a node that cannot count has the engine's own count, and the prompt is
@@ -20,7 +20,7 @@ class CountCall(SingleCall, frozen=True):
     """Members of the answer beside the count."""
 
     @classmethod
-    def of(cls, call: SingleCall, **members: str) -> "CountCall":
+    def of(cls, call: GenerationCall, **members: str) -> "CountCall":
         """Return the call that counts the prompt of another."""
         request = msgspec.structs.replace(call.request, max_tokens=1)
         return cls(request, False, members, ignored=call.ignored, num_omitted=call.num_omitted)

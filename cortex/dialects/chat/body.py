@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+from cortex.dialects.generation import SAMPLING
 from cortex.wire.request import (
     FormatKind,
     ImagePart,
@@ -26,14 +27,7 @@ def chat_body(request: InferenceRequest, *, stream: bool) -> bytes:
     sampling = request.sampling
     optional = {
         "max_tokens": request.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "seed": sampling.seed,
+        **{name: getattr(sampling, name) for name in (*SAMPLING, "repetition_penalty")},
         "stop": list(request.stop) or None,
         "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()} or None,
         "bad_words": list(sampling.bad_words) or None,

@@ -14,7 +14,7 @@ import msgspec
 from cortex._fast.chat_stream import ChatStream
 from cortex.dialects import fields
 from cortex.dialects.answered_calls import OpenCalls
-from cortex.dialects.call import Answering, SingleCall
+from cortex.dialects.call import Answering, GenerationCall
 from cortex.dialects.chat.tools import ChoiceBody, ToolBody, chosen, offered
 from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
 from cortex.dialects.omitted_parts import readable
@@ -31,7 +31,7 @@ from cortex.wire.request import (
 )
 
 
-class ChatCall(SingleCall, frozen=True):
+class ChatCall(GenerationCall, frozen=True):
     """A decoded call: the request to the model, and the form of the response."""
 
     include_usage: bool
@@ -52,37 +52,23 @@ class ChatCall(SingleCall, frozen=True):
         )
 
 
-class _TextBody(msgspec.Struct, tag="text"):
-    text: str
-
-
-class _RefusalBody(msgspec.Struct, tag="refusal"):
-    refusal: str
-
-
 class _ImageAddress(msgspec.Struct):
     url: str
     detail: str | None = None
 
 
-class _ImageBody(msgspec.Struct, tag="image_url"):
-    image_url: _ImageAddress
-
-
-class _AudioBody(msgspec.Struct, tag="input_audio"):
+class _PartBody(msgspec.Struct):
+    type: Literal["text", "refusal", "image_url", "input_audio", "audio_url", "video_url", "file"]
+    text: str | None = None
+    refusal: str | None = None
+    image_url: _ImageAddress | None = None
     input_audio: object = None
-
-
-class _AudioAddressBody(msgspec.Struct, tag="audio_url"):
     audio_url: object = None
-
-
-class _VideoBody(msgspec.Struct, tag="video_url"):
     video_url: object = None
-
-
-class _FileBody(msgspec.Struct, tag="file"):
     file: object = None
+
+
+_MEDIA = {"input_audio": "audio", "audio_url": "audio", "video_url": "video", "file": "file"}
 
 
 class _CalledFunction(msgspec.Struct):
@@ -100,9 +86,6 @@ class _ToolCallBody(msgspec.Struct):
     function: _CalledFunction | None = None
     custom: _CalledCustom | None = None
     type: Literal["function", "custom"] = "function"
-
-
-_PartBody = _TextBody | _RefusalBody | _ImageBody | _AudioBody | _AudioAddressBody | _VideoBody | _FileBody
 
 
 class _MessageBody(msgspec.Struct):
@@ -143,13 +126,6 @@ class ChatBody(GenerationBody, kw_only=True):
     reasoning: _Reasoning | None = None
     thinking_budget: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    # known and refused
-    modalities: list[str] | None = None
-    audio: object = None
-    prediction: object = None
-    web_search_options: object = None
-    functions: object = None
-    function_call: object = None
 
 
 PARAMETERS = Parameters(
@@ -166,7 +142,12 @@ PARAMETERS = Parameters(
         "tools.function": "cache_control",
         "response_format.json_schema": "description",
     },
-    refused={**OPEN_SERVERS, "add_special_tokens": (False,)},
+    refused={
+        **OPEN_SERVERS,
+        "add_special_tokens": (False,),
+        "modalities": (["text"],),
+        **dict.fromkeys(("audio", "prediction", "web_search_options", "functions", "function_call"), ()),
+    },
     max_items={"messages": 20_000, "messages.content": 10_000, "messages.tool_calls": 1_000, "tools": 1_000},
 )
 
@@ -180,16 +161,6 @@ def decode(body: bytes) -> ChatCall:
     parsed, ignored = PARAMETERS.decode(body)
     if not parsed.messages:
         raise InvalidRequestError("Invalid 'messages': at least one message is needed.", param="messages")
-    fields.refuse(
-        (
-            ("modalities", parsed.modalities is not None and parsed.modalities != ["text"]),
-            ("audio", parsed.audio is not None),
-            ("prediction", parsed.prediction is not None),
-            ("web_search_options", parsed.web_search_options is not None),
-            ("functions", parsed.functions is not None),
-            ("function_call", parsed.function_call is not None),
-        )
-    )
     limit_name, limit = fields.first_given(
         ("max_completion_tokens", parsed.max_completion_tokens),
         ("max_tokens", parsed.max_tokens),
@@ -260,19 +231,15 @@ def _message(body: _MessageBody, index: int) -> Message:
     where = f"messages[{index}]"
     parts: list[Part] = []
     for number, part in enumerate(body.content if isinstance(body.content, list) else ()):
-        match part:
-            case _TextBody(text):
-                parts.append(TextPart(text))
-            case _RefusalBody(refusal):
-                parts.append(TextPart(refusal))
-            case _ImageBody(address):
-                parts.append(fields.image(address.url, address.detail, f"{where}.content[{number}].image_url"))
-            case _AudioBody() | _AudioAddressBody():
-                parts.append(MediaPart("audio", f"{where}.content[{number}]"))
-            case _VideoBody():
-                parts.append(MediaPart("video", f"{where}.content[{number}]"))
-            case _FileBody():
-                parts.append(MediaPart("file", f"{where}.content[{number}]"))
+        place = f"{where}.content[{number}]"
+        if part.type in _MEDIA:
+            parts.append(MediaPart(_MEDIA[part.type], place))
+        elif part.type == "image_url":
+            address = fields.needed(part.image_url, f"{place}.image_url")
+            parts.append(fields.image(address.url, address.detail, f"{place}.image_url"))
+        else:
+            text = part.text if part.type == "text" else part.refusal
+            parts.append(TextPart(fields.needed(text, f"{place}.{part.type}")))
     content = body.content if isinstance(body.content, str) else fields.collapse(parts)
     if body.role == "tool" and body.tool_call_id is None:
         raise InvalidRequestError(

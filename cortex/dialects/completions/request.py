@@ -13,7 +13,7 @@ from typing import cast
 import msgspec
 
 from cortex.dialects import fields
-from cortex.dialects.call import Answering, Call
+from cortex.dialects.call import Answering, GenerationCall
 from cortex.dialects.completions.encoder import Completion
 from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
@@ -27,23 +27,21 @@ MAX_LOGPROBS = 20
 MAX_TOKEN_ID = (1 << 31) - 1
 
 
-class CompletionCall(Call, frozen=True):
-    """A decoded call."""
+class CompletionCall(GenerationCall, frozen=True):
+    """A decoded call, whose request lacks its prompts."""
 
-    requests: tuple[InferenceRequest, ...]
-    """A request for each prompt, otherwise equal."""
-    stream: bool
+    prompts: tuple[str | tuple[int, ...], ...]
     include_usage: bool
 
     @property
-    def request(self) -> InferenceRequest:
-        """The first request."""
-        return self.requests[0]
+    def requests(self) -> tuple[InferenceRequest, ...]:
+        """A request for each prompt."""
+        return tuple(msgspec.structs.replace(self.request, prompt=prompt) for prompt in self.prompts)
 
     @property
     def num_choices(self) -> int:
         """Number of choices of all prompts together."""
-        return len(self.requests) * self.requests[0].num_choices
+        return len(self.prompts) * self.request.num_choices
 
     def encoder(self, answering: Answering) -> Completion:
         """Return the encoder of the answer."""
@@ -118,9 +116,8 @@ def decode(body: bytes) -> CompletionCall:
         num_choices=num_choices,
         top_logprobs=_top_logprobs(parsed.logprobs),
     )
-    requests = tuple(msgspec.structs.replace(request, prompt=prompt) for prompt in prompts)
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
-    return CompletionCall(requests, bool(parsed.stream), include_usage, ignored=ignored)
+    return CompletionCall(request, bool(parsed.stream), tuple(prompts), include_usage, ignored=ignored)
 
 
 def _top_logprobs(asked: int | bool | None) -> int | None:

@@ -15,7 +15,7 @@ import msgspec
 
 from cortex._fast.messages_stream import MessagesStream
 from cortex.dialects import fields
-from cortex.dialects.call import Answering, SingleCall
+from cortex.dialects.call import Answering, GenerationCall
 from cortex.dialects.generation import GenerationBody
 from cortex.dialects.messages import blocks
 from cortex.dialects.messages.client_tools import client_tool
@@ -33,7 +33,7 @@ from cortex.wire.request import (
 MAX_STOP_SEQUENCES = 64
 
 
-class MessagesCall(SingleCall, frozen=True):
+class MessagesCall(GenerationCall, frozen=True):
     """A decoded call."""
 
     def encoder(self, answering: Answering) -> MessagesStream:

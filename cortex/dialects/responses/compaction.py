@@ -16,7 +16,7 @@ import msgspec
 import orjson
 
 from cortex._fast.responses_stream import ResponsesStream
-from cortex.dialects.call import Answering, SingleCall
+from cortex.dialects.call import Answering, GenerationCall
 from cortex.dialects.responses import request
 from cortex.dialects.responses.sealed import seal
 from cortex.wire.errors import InvalidJsonError, InvalidRequestError, InvalidTypeError, UpstreamError
@@ -131,7 +131,7 @@ class Compaction:
         )
 
 
-class CompactCall(SingleCall, frozen=True):
+class CompactCall(GenerationCall, frozen=True):
     """A decoded call."""
 
     compaction: Compaction

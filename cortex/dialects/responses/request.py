@@ -17,7 +17,7 @@ import msgspec
 
 from cortex._fast.responses_stream import ResponsesStream
 from cortex.dialects import fields
-from cortex.dialects.call import Answering, SingleCall
+from cortex.dialects.call import Answering, GenerationCall
 from cortex.dialects.generation import GenerationBody
 from cortex.dialects.omitted_parts import readable
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
@@ -34,7 +34,7 @@ from cortex.wire.request import (
 )
 
 
-class ResponsesCall(SingleCall, frozen=True):
+class ResponsesCall(GenerationCall, frozen=True):
     """A decoded call. ``echo`` is a JSON object of the request fields that every response object repeats."""
 
     echo: bytes
@@ -106,10 +106,6 @@ class ResponsesBody(GenerationBody, kw_only=True):
     include: list[str] | None = None
     previous_response_id: str | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    # known and refused
-    conversation: object = None
-    prompt: object = None
-    background: bool | None = None
 
 
 PARAMETERS = Parameters(
@@ -129,7 +125,7 @@ PARAMETERS = Parameters(
         "tools": fields.HOSTED_TOOL_NAMES,
         "reasoning": "context mode",
     },
-    refused=OPEN_SERVERS,
+    refused={**OPEN_SERVERS, "conversation": (), "prompt": (), "background": (False,)},
     max_items={"input": 20_000, "input.content": 10_000, "tools": 1_000},
 )
 _FIELDS_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -169,13 +165,6 @@ def decode(body: bytes) -> ResponsesCall:
             "A neuron does not store responses: 'previous_response_id' is resolved by the gateway.",
             param="previous_response_id",
         )
-    fields.refuse(
-        (
-            ("conversation", parsed.conversation is not None),
-            ("prompt", parsed.prompt is not None),
-            ("background", bool(parsed.background)),
-        )
-    )
     tools = response_tools.offered(parsed.tools or ())
     tool_choice, left = response_tools.chosen(parsed.tool_choice, parsed.parallel_tool_calls is not False, tools)
     included = parsed.include or ()

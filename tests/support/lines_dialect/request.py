@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cortex.dialects.call import Answering, SingleCall
+from cortex.dialects.call import Answering, GenerationCall
 from cortex.dialects.openai_errors import error_body
 from cortex.dialects.parameters import Parameters
 from cortex.wire.errors import ErrorInfo, RemoteError
@@ -23,7 +23,7 @@ class LinesBody(msgspec.Struct):
 PARAMETERS = Parameters(LinesBody)
 
 
-class LinesCall(SingleCall, frozen=True):
+class LinesCall(GenerationCall, frozen=True):
     """A decoded call."""
 
     def encoder(self, answering: Answering) -> "LinesEncoder":
