@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from cortex._fast.peek import splice
+from cortex._fast.peek import peek, splice
 from cortex._fast.record import Record
 from cortex.access.authenticator import Authenticator, Reservation
 from cortex.access.keys import check_model
@@ -136,7 +136,10 @@ class Inference:
         )
         call = _NodeCall(node_request, chat, prepared if prepared is not None and prepared.has_after else None)
         if request.reservation is None:
-            request.reservation = await self._authenticator.admit(principal, body, generates=dialect.generates)
+            bounds = found.bounds if prepared is None else peek(body).bounds
+            request.reservation = await self._authenticator.admit(
+                principal, len(body), bounds, generates=dialect.generates
+            )
         if prepared is not None and context.background:
             await prepared.serve_in_background(request.reservation, partial(self._generate, dialect, call))
         elif record.is_stream:

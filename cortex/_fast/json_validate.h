@@ -590,8 +590,11 @@ after_value:
 
 close:
     p++;
-    if (--depth)
+    if (--depth) {
+        if (depth == 1 && member)
+            member->end = p;
         goto after_value;
+    }
     p = json_space(p, end);
     if (p != end)
         json_fail(&fault, "something follows the JSON object", p);

@@ -10,5 +10,6 @@ cdef class Peek:
     cdef readonly str previous_response_id
     cdef readonly str prompt_cache_key
     cdef readonly bint stores
+    cdef readonly bytes bounds
     cdef readonly tuple unknown
     cdef readonly tuple refused

@@ -11,9 +11,9 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport isinf
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memcpy, strlen
 
-from cortex._fast.buffer cimport Buffer
+from cortex._fast.buffer cimport Buffer, put
 
 cdef extern from "Python.h":
     double PyOS_string_to_double(const char* text, char** end, void* overflow) except? -1.0
@@ -66,7 +66,13 @@ MAX_DEPTH = JSON_MAX_DEPTH
 MAX_REFUSED = JSON_MAX_REFUSED
 
 cdef enum:
-    MODEL, STREAM, PREVIOUS_RESPONSE_ID, PROMPT_CACHE_KEY, STORE, NUM_WANTED
+    MODEL, STREAM, PREVIOUS_RESPONSE_ID, PROMPT_CACHE_KEY, STORE, BOUNDS
+    NUM_WANTED = BOUNDS + 7
+
+# The members that bound a request's answers, in number and in length, and the prompts of a text completion.
+cdef (const char*)[7] BOUND_NAMES = [
+    b"max_tokens", b"max_completion_tokens", b"max_output_tokens", b"n_predict", b"n", b"best_of", b"prompt"
+]
 
 
 class PeekError(ValueError):
@@ -162,7 +168,8 @@ cdef class Peek:
     """The top-level fields of a body by which it is routed.
 
     ``model_start`` and ``model_end`` bound the value of ``model``, its quotes included; both are -1 if it is absent.
-    ``stores`` is false only where ``store`` is. ``unknown`` has the paths of unknown members, each once, in
+    ``stores`` is false only where ``store`` is. ``bounds`` is an object of the members that bound the answers, as they
+    are. ``unknown`` has the paths of unknown members, each once, in
     plain ASCII; the last is ``...`` where there are more. ``refused`` has the top-level names that may be refused.
     """
 
@@ -189,11 +196,14 @@ def peek(bytes body not None, KnownNames known not None=_ANY):
     cdef Peek found
     cdef json_wanted* model = &wanted[MODEL]
     cdef json_wanted* stream = &wanted[STREAM]
+    cdef int i
     _want(model, b"model", 5)
     _want(stream, b"stream", 6)
     _want(&wanted[PREVIOUS_RESPONSE_ID], b"previous_response_id", 20)
     _want(&wanted[PROMPT_CACHE_KEY], b"prompt_cache_key", 16)
     _want(&wanted[STORE], b"store", 5)
+    for i in range(BOUNDS, NUM_WANTED):
+        _want(&wanted[i], BOUND_NAMES[i - BOUNDS], strlen(BOUND_NAMES[i - BOUNDS]))
     details.num_unknown = details.is_cut = details.num_refused = 0
     details.length = 0
     fault = json_check_object(
@@ -219,6 +229,7 @@ def peek(bytes body not None, KnownNames known not None=_ANY):
         raise PeekTypeError("stream", "stream must be true or false", stream.start - start)
     found.stream = stream.kind == JSON_TRUE
     found.stores = wanted[STORE].kind != JSON_FALSE
+    found.bounds = _bounds(wanted)
     found.previous_response_id = _optional_text(&wanted[PREVIOUS_RESPONSE_ID], start)
     found.prompt_cache_key = _optional_text(&wanted[PROMPT_CACHE_KEY], start)
     return found
@@ -248,6 +259,29 @@ def splice(bytes body not None, Peek found not None, str model not None):
     memcpy(out + start, value.data, value.size)
     memcpy(out + start + value.size, text + end, length - end)
     return spliced
+
+
+cdef bytes _bounds(json_wanted* wanted):
+    """Return the members that bound the answers, as an object."""
+    cdef Buffer bounds = None
+    cdef json_wanted* member
+    cdef int i
+    for i in range(BOUNDS, NUM_WANTED):
+        member = &wanted[i]
+        if member.kind == JSON_ABSENT:
+            continue
+        if bounds is None:
+            bounds = Buffer()
+            put(bounds, b'{"', 2)
+        else:
+            put(bounds, b',"', 2)
+        put(bounds, member.name, member.name_length)
+        put(bounds, b'":', 2)
+        put(bounds, <const char*>member.start, member.end - member.start)
+    if bounds is None:
+        return b"{}"
+    put(bounds, b"}", 1)
+    return bounds.slice(0, bounds.size)
 
 
 cdef int _add_details(Peek found, json_found* details) except -1:

@@ -169,8 +169,11 @@ class Authenticator:
     def _is_local(self, key: bytes | None) -> bool:
         return bool(self._local) and key is not None and hmac.compare_digest(hashlib.sha256(key).digest(), self._local)
 
-    async def admit(self, principal: Principal, body: bytes, *, generates: bool = True) -> Reservation:
-        """Reserve a request's need; with ``generates`` false, the tokens of its prompt only.
+    async def admit(
+        self, principal: Principal, size_bytes: int, bounds: bytes, *, generates: bool = True
+    ) -> Reservation:
+        """Reserve the need of a request with a body of that size; with ``generates`` false, the tokens of its prompt
+        only. For ``bounds`` see :func:`need_of`.
 
         Raises:
             LimitReachedError: the principal's limits do not leave so much.
@@ -179,7 +182,7 @@ class Authenticator:
         limits = principal.limits
         if limits.are_none:
             return UNCOUNTED
-        return await self._take(principal, need_of(body, self.reserve_tokens, generates=generates))
+        return await self._take(principal, need_of(size_bytes, bounds, self.reserve_tokens, generates=generates))
 
     async def count(self, principal: Principal) -> None:
         """Count a request that is sent to no node. Raises as :meth:`admit` does."""
@@ -193,21 +196,17 @@ class Authenticator:
         return Reservation(self.rate_limiter, outcome, need)
 
 
-def prompt_tokens(body: bytes) -> int:
-    """Estimate the tokens of a request's prompt."""
-    return len(body) // CHARACTERS_PER_TOKEN
+def need_of(size_bytes: int, bounds: bytes, otherwise: int, *, generates: bool = True) -> Need:
+    """Return the need of a request with a body of that size.
 
-
-def need_of(body: bytes, otherwise: int, *, generates: bool = True) -> Need:
-    """Return a request's need. ``otherwise`` is the number of tokens of an answer where the body sets no limit.
-
-    Only the body's top-level fields count: a nested ``max_tokens`` may be anything.
+    ``bounds`` is an object of the members that bound its answers, as :attr:`cortex._fast.peek.Peek.bounds` has them.
+    ``otherwise`` is the number of tokens of an answer where they set no limit.
     """
-    prompt = prompt_tokens(body)
+    prompt = size_bytes // CHARACTERS_PER_TOKEN
     if not generates:
         return Need(prompt, 0, 1)
     try:
-        wanted = _WANTED.decode(body)
+        wanted = _WANTED.decode(bounds)
     except (msgspec.DecodeError, RecursionError):
         return Need(prompt, otherwise, 1)  # for the node to refuse
     limits = (wanted.max_tokens, wanted.max_completion_tokens, wanted.max_output_tokens, wanted.n_predict)

@@ -233,7 +233,7 @@ cdef class Request(Listener):
                 return
             if access.is_limited:
                 self.reservation = await self.pipeline.authenticator.admit(
-                    access.principal, self.body, generates=access.dialect.generates)
+                    access.principal, len(self.body), self.found.bounds, generates=access.dialect.generates)
             if not self.send():
                 await self.pipeline.steps(self)
             elif record.is_stream:

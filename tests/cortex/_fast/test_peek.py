@@ -252,3 +252,20 @@ def test_repr_names_the_fields() -> None:
         "Peek(model='m', stream=True, previous_response_id=None, prompt_cache_key=None, stores=True, unknown=(), "
         "refused=())"
     )
+
+
+@pytest.mark.parametrize(
+    ("body", "bounds"),
+    [
+        (b"{}", b"{}"),
+        (b'{"model":"m","messages":[{"n":4,"max_tokens":1}]}', b"{}"),
+        (b'{"n": 2 ,"max_tokens":7.0,"x":{"n":3}}', b'{"max_tokens":7.0,"n":2}'),
+        (
+            b'{"\\u006e":3,"prompt":["a",["b"]],"best_of":{"n":[1]}}',
+            b'{"n":3,"best_of":{"n":[1]},"prompt":["a",["b"]]}',
+        ),
+        (b'{"max_output_tokens":[],"n_predict":null,"n_predict":5}', b'{"max_output_tokens":[],"n_predict":5}'),
+    ],
+)
+def test_the_members_that_bound_the_answers_are_found(body: bytes, bounds: bytes) -> None:
+    assert peek(body).bounds == bounds

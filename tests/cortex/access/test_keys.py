@@ -9,6 +9,7 @@ from fake_node import FakeNode
 from gateway_rig import rig
 from key_rig import KEY, ring
 
+from cortex._fast.peek import peek
 from cortex.access import keys
 from cortex.access.authenticator import need_of
 from cortex.access.keys import KeyRing, Principal
@@ -90,9 +91,10 @@ def test_a_new_key_matches_its_hash() -> None:
     ],
 )
 def test_the_need_of_a_request(body: bytes, tokens: int) -> None:
-    need = need_of(body, 100)
+    bounds = peek(body).bounds
+    need = need_of(len(body), bounds, 100)
     assert (need.output_tokens, need.prompt_tokens) == (tokens, len(body) // 4)
-    assert need_of(body, 100, generates=False).output_tokens == 0
+    assert need_of(len(body), bounds, 100, generates=False).output_tokens == 0
 
 
 async def test_requests_without_a_key_are_refused_and_no_log_has_a_key(caplog: pytest.LogCaptureFixture) -> None:
