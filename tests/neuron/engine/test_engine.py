@@ -48,7 +48,7 @@ def caches_of(driver: Any) -> list[torch.Tensor]:
     executor = driver.model().executor
     if isinstance(executor, NativeExecutor):
         return [torch.from_numpy(pages) for pages in executor.caches.tables]
-    return [tensor for cache in executor.caches.layers for tensor in cache or ()]
+    return [tensor for cache in executor.caches.layers for tensor in cache or () if tensor is not None]
 
 
 def poison(driver: Any, token: int) -> None:
