@@ -33,15 +33,12 @@ class Compiling:
     def start(self, model: "ModelEngine", sequence: Sequence, job: Generate) -> None:
         """Begin to compile the grammar of ``sequence``, which ``job`` names."""
         assert job.constraint is not None
-        if self._thread is None:
-            self._thread = concurrent.futures.ThreadPoolExecutor(1, "grammars")
-            before = threading.stack_size(STACK_BYTES)
-            try:
-                future = self._thread.submit(model.constrain, job.constraint)
-            finally:
-                threading.stack_size(before)
-        else:
+        self._thread = self._thread or concurrent.futures.ThreadPoolExecutor(1, "grammars")
+        before = threading.stack_size(STACK_BYTES)  # for the first, which starts the thread
+        try:
             future = self._thread.submit(model.constrain, job.constraint)
+        finally:
+            threading.stack_size(before)
         self._waiting[sequence.number] = model, sequence, job, future
 
     def count(self, model: "ModelEngine") -> int:

@@ -39,6 +39,10 @@ class StepOutcome:
     """``[N - 1, R]``: the tokens of the steps after the first, if there were any. A row that is not finite, or has
     sampled a stop, has none after it; ``finite`` is the last step's."""
 
+    def wait(self) -> "StepOutcome":
+        """Return it: a step that is computed while it is launched is its own :class:`InFlightStep`."""
+        return self
+
 
 class InFlightStep(Protocol):
     """A launched step whose outcome may not be known yet."""
@@ -68,17 +72,6 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Release what it holds beside memory: graphs, the other ranks."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class HostStep:
-    """A finished step, with its outcome on the host."""
-
-    outcome: StepOutcome
-
-    def wait(self) -> StepOutcome:
-        """Return the outcome."""
-        return self.outcome
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,8 +7,7 @@ grammar decides.
 import numpy as np
 
 from neuron.engine.sequence import Constrained, Int32Array
-
-BITS = 32
+from neuron.text.matcher import BITS
 
 
 class Minimum:

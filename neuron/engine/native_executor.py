@@ -14,7 +14,7 @@ from neuron.cpu_kernels import native
 from neuron.device.jobs import TokenLogprobs
 from neuron.device.probe import usable_cores
 from neuron.engine.cache_memory import NativeCaches
-from neuron.engine.executor import MAX_STEPS, HostStep, StepOutcome
+from neuron.engine.executor import MAX_STEPS, StepOutcome
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draw, Draws, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
@@ -72,7 +72,7 @@ class NativeExecutor:
         self._model.attach(tuple(pages.reshape(-1) for pages in self.caches.tables), states, arena)
         self._logits: torch.Tensor | None = None
 
-    def launch(self, plan: StepPlan) -> HostStep:
+    def launch(self, plan: StepPlan) -> StepOutcome:
         """Compute a step, on all cores, before returning."""
         num_sampled = len(plan.sampled)
         ids = np.empty(num_sampled, np.int32)
@@ -115,7 +115,7 @@ class NativeExecutor:
         logprobs: dict[int, TokenLogprobs] = {}
         if logits is not None and not is_plain.all():
             logprobs = self._sample(plan, logits, np.flatnonzero(~is_plain), ids)
-        return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_steps - 1]))
+        return StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_steps - 1])
 
     @torch.inference_mode()
     def _sample(

@@ -10,8 +10,8 @@ import numpy as np
 
 from neuron.device.jobs import ThinkingSettings
 from neuron.engine.sequence import Constrained, Int32Array
+from neuron.text.matcher import BITS
 
-BITS: Final = 32
 MANY: Final = 1 << 30
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from neuron.cpu_kernels import native
-from neuron.layers.cache import CHUNK_TOKENS, MAX_DRAFTS, SequenceState, StateTensor
+from neuron.layers.cache import MAX_DRAFTS, SequenceState, StateTensor
 from neuron.layers.layer import Weights
 from neuron.layers.norm import Norm
 from neuron.layers.parameters import Fused, Matrix, Parameters, Tensor, Vector
@@ -138,16 +138,11 @@ class GatedDelta:
             qkv, z = x[:, : inputs.shape[2]], x[:, inputs.shape[2] :]
         else:
             qkv, z = (operations.linear(x, weights[name].weight) for name in ("qkv", "z"))
+        rule, convolution = step.delta_rule(weights, tiled=self.tiled), weights["convolution"].weight
         if step.batch.replays is not None:
-            operations.replay_drafts(
-                inputs, weights["convolution"].weight, drafted, weights["decay"], weights["bias"], states, step.batch,
-                tiled=self.tiled,
-            )  # fmt: skip
-        qkv = operations.causal_convolution(qkv, weights["convolution"].weight, inputs, step.batch)
-        out = operations.gated_delta(
-            qkv, gates, weights["decay"], weights["bias"], states, drafted, step.batch,
-            tiled=self.tiled, chunk_tokens=CHUNK_TOKENS,
-        )  # fmt: skip
+            operations.replay_drafts(inputs, convolution, drafted, rule, states, step.batch)
+        qkv = operations.causal_convolution(qkv, convolution, inputs, step.batch)
+        out = operations.gated_delta(qkv, gates, rule, states, drafted, step.batch)
         out = operations.gated_norm(out, z, weights["head_norm"], self.norm.eps)
         step.add_linear(out, weights["output"], None, residual)
 

@@ -1,12 +1,14 @@
 """Step of T tokens, as the forward pass of layers gets it: operations, the batch, and values that layers share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from neuron.formats.matrix import Matrix
+from neuron.layers.cache import CHUNK_TOKENS
 from neuron.triton_kernels.batch import AttentionParameters, Batch, PagedCache
+from neuron.triton_kernels.gated_delta import DeltaRule
 from neuron.triton_kernels.moe_matmul import Experts
 from neuron.triton_kernels.moe_routing import Picks
 from neuron.triton_kernels.norm import Norm
@@ -110,6 +112,10 @@ class Step:
         """Add the sum over the ranks of what :meth:`begin_sum` has returned."""
         if self._sum_ranks is not None:
             residual.add_(self._sum_ranks(added))
+
+    def delta_rule(self, weights: Mapping[str, Any], *, tiled: bool) -> DeltaRule:
+        """Return the constants of a gated delta net."""
+        return DeltaRule(weights["decay"], weights["bias"], tiled, CHUNK_TOKENS)
 
     def add_experts(
         self,

@@ -5,13 +5,11 @@ It works on bytes, pins and times of last use. When an eviction happens, and the
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cortex.wire.node import EvictionStrategy
 from neuron.harness import Requirement
-
-_Order = Callable[["Resident"], tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def read_config(path: pathlib.Path) -> ModelConfig:
 def config_from_folder(folder: pathlib.Path, entries: Mapping[str, TensorEntry] | None = None) -> ModelConfig:
     """Return the configuration of a folder, whose tensors are ``entries``; of a quantised model they are read."""
     path = folder / "config.json"
-    values = _json_object(path)
+    values = read_json_object(path)
     if values is None:
         raise CorruptWeightsError(path, "no such file")
     class_names = JsonFields(path, values).names("architectures")
@@ -52,7 +52,7 @@ def config_from_folder(folder: pathlib.Path, entries: Mapping[str, TensorEntry] 
     fields = JsonFields(path, {**family.defaults, **fields.values})
     quantization = quantization_config(folder, values)
     generation_path = folder / "generation_config.json"
-    generation = _json_object(generation_path) or {}
+    generation = read_json_object(generation_path) or {}
     embeds = makes_embeddings(folder, class_names)
     config = _with_draft_head(_built(family, fields), lambda: read_tensors(folder) if entries is None else entries)
     if (embeds or "text_config" in values) and (head := has_head(folder)) is not None:
@@ -147,13 +147,6 @@ def _configs(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Return a configuration, and its text model's where it has several."""
     inner = values.get("text_config")
     return (values, inner) if isinstance(inner, dict) else (values,)
-
-
-def _json_object(path: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        return read_json_object(path)
-    except FileNotFoundError:
-        return None
 
 
 SAMPLING_RANGES: Final = {

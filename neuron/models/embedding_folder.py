@@ -42,11 +42,7 @@ def pooling_of(folder: pathlib.Path) -> Pooling:
             if kind == "Pooling":
                 place = where
     path = folder / place / "config.json"
-    try:
-        values = read_json_object(path)
-    except FileNotFoundError:
-        return Pooling.LAST
-    ways = _ways(values)
+    ways = _ways(read_json_object(path) or {})
     if not ways:
         return Pooling.LAST
     if len(ways) > 1 or ways[0] not in _POOLINGS:

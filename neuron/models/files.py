@@ -53,11 +53,15 @@ def read_bounded(path: pathlib.Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes
     return data
 
 
-def read_json_object(path: pathlib.Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises as :func:`read_bounded`, and CorruptWeightsError if it is none."""
-    data = read_bounded(path, max_bytes)
+def read_json_object(path: pathlib.Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any] | None:
+    """Return the JSON object in a file, ``None`` where there is no file.
+
+    Raises CorruptWeightsError as :func:`read_bounded`, and if it is no such object.
+    """
     try:
-        values = json.loads(data)
+        values = json.loads(read_bounded(path, max_bytes))
+    except FileNotFoundError:
+        return None
     except (ValueError, RecursionError) as error:
         raise CorruptWeightsError(path, f"not JSON: {error}") from error
     if not isinstance(values, dict):

@@ -33,6 +33,10 @@ DTYPE_BYTES: Final = {
 }
 
 
+FLOATS: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""torch's names of the dtypes of floats, which are converted while they are copied."""
+
+
 class _Entry(msgspec.Struct):
     dtype: str
     shape: list[int]
@@ -129,12 +133,13 @@ def _checked(path: pathlib.Path, name: str, entry: _Entry, start: int, size: int
 
 def _read_index(path: pathlib.Path) -> dict[str, str] | None:
     """Return the file name of each tensor in a sharded checkpoint, ``None`` for one without an index."""
+    index = read_json_object(path, MAX_INDEX_BYTES)
+    if index is None:
+        return None
     try:
-        file_of = read_json_object(path, MAX_INDEX_BYTES)["weight_map"]
+        file_of = index["weight_map"]
         # Only names within the folder: an index is as untrusted as the weights.
         sound = all(is_name(file) for file in file_of.values())
-    except FileNotFoundError:
-        return None
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptWeightsError(path, f"not an index of weights: {error!r}") from error
     if not sound:

@@ -17,7 +17,7 @@ from neuron.layers.parameters import Matrix
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
 from neuron.models.files import quoted, read_json_object
 from neuron.models.model import ModelConfig
-from neuron.models.safetensors import TensorEntry
+from neuron.models.safetensors import FLOATS, TensorEntry
 
 METHODS: Final = ("fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq", "modelopt", "mxfp4")
 """Values of ``quant_method`` whose tensors are known."""
@@ -37,7 +37,6 @@ STACK_ENDS: Final = {
 """Ends of the names of the tensors of a stack of experts' weights, and of the same tensors of one weight.
 
 MXFP4 of a stack, as gpt-oss has it, is ``_blocks`` ``[E, N, K / 32, 16]`` and ``_scales`` ``[E, N, K / 32]``."""
-FLOATS: Final = ("F64", "F32", "F16", "BF16")
 MAX_BLOCK: Final = 1 << 16
 
 
@@ -48,8 +47,7 @@ def quantization_config(folder: pathlib.Path, values: Mapping[str, Any]) -> Mapp
     """
     inner = values.get("text_config")
     found = values.get("quantization_config") or (inner.get("quantization_config") if isinstance(inner, dict) else None)
-    if not found and (folder / "hf_quant_config.json").exists():
-        read_json_object(folder / "hf_quant_config.json")
+    if not found and read_json_object(folder / "hf_quant_config.json") is not None:
         found = {"quant_method": "modelopt"}
     if not found:
         return None
@@ -64,10 +62,8 @@ def quantization_config(folder: pathlib.Path, values: Mapping[str, Any]) -> Mapp
 
 def is_quantised(folder: pathlib.Path) -> bool:
     """Whether a folder's configuration is of a quantised model. Raises as :func:`quantization_config`."""
-    try:
-        return quantization_config(folder, read_json_object(folder / "config.json")) is not None
-    except FileNotFoundError:
-        return False
+    values = read_json_object(folder / "config.json")
+    return values is not None and quantization_config(folder, values) is not None
 
 
 def _settings(path: pathlib.Path, values: Mapping[str, Any]) -> Settings:

@@ -20,6 +20,7 @@ from neuron.formats.registry import STORED_FORMATS
 from neuron.formats.scheme import Scheme
 from neuron.layers.parameters import Tensor
 from neuron.layers.shard import Runs
+from neuron.models import safetensors
 from neuron.models.config import config_from_folder, config_from_gguf
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
 from neuron.models.fields import FACTORS
@@ -35,19 +36,17 @@ from neuron.models.transfer import ON_HOST, Transfer, from_file
 PIECE_ELEMENTS: Final = 1 << 18
 """Number of elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between
 passes."""
-FLOAT_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Dtypes of safetensors that are converted while they are copied."""
 STORED_KINDS: Final = {"F32": TensorKind.F32, "F16": TensorKind.F16, "BF16": TensorKind.BF16}
-DTYPES: Final = {
-    **FLOAT_DTYPES,
+DTYPES: Final[dict[str, torch.dtype]] = {
+    **{name: getattr(torch, dtype) for name, dtype in safetensors.FLOATS.items()},
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.uint8,
     "U8": torch.uint8,
     "I8": torch.int8,
     "I32": torch.int32,
 }
-"""Dtypes of the tensors of quantised weights; exponents are read as their bytes."""
-FLOATS: Final = {kind: FLOAT_DTYPES[dtype] for dtype, kind in STORED_KINDS.items()}
+"""Dtypes of tensors in safetensors; exponents are read as their bytes."""
+FLOATS: Final = {kind: DTYPES[dtype] for dtype, kind in STORED_KINDS.items()}
 """Kinds that are read without dequantising."""
 
 PackedBytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -214,7 +213,7 @@ class SafetensorsSource(MappedFiles):
         # Packers of GPTQ write a bias of zeros for a layer without one.
         for name in {f"{place.module}.bias" for place in self._places.values()} & found.keys() - self._declared.keys():
             entry = self._entries[name]
-            if entry.dtype in FLOAT_DTYPES and not self._mapped(entry).any():
+            if entry.dtype in safetensors.FLOATS and not self._mapped(entry).any():
                 del found[name]
         return found
 
@@ -240,7 +239,7 @@ class SafetensorsSource(MappedFiles):
                 transfer.copy(expanded if places is None else expanded[places], part)
             return
         entry = self._entries[name]
-        if entry.dtype not in FLOAT_DTYPES:
+        if entry.dtype not in safetensors.FLOATS:
             raise UnsupportedQuantizationError(f"{entry.file}: {name} is stored as {entry.dtype}")
         tensor, order = self._mapped(entry), self._declared[name].order
         if order:

@@ -168,10 +168,10 @@ def _from_folder(folder: pathlib.Path) -> TextFiles:
     tokenizer.no_padding()
     if tokenizer.decoder is None and b'"ByteLevel"' in _state(tokenizer.pre_tokenizer):
         tokenizer.decoder = decoders.ByteLevel()
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json_object(folder / "tokenizer_config.json", MAX_TOKENIZER_BYTES) or {}
     _add_missing(tokenizer, config.get("added_tokens_decoder"))
     template = _read_text(folder / "chat_template.jinja") or _template(config.get("chat_template"))
-    named = {**_read_json(folder / "special_tokens_map.json"), **config}
+    named = {**(read_json_object(folder / "special_tokens_map.json", MAX_TOKENIZER_BYTES) or {}), **config}
     special = {name: _token_text(named.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     special = {name: text for name, text in special.items() if text}
     before, behind = _framing(tokenizer)
@@ -217,13 +217,6 @@ def _framing(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _ids_of(tokenizer: Tokenizer, token: str | None) -> tuple[int, ...]:
     index = tokenizer.token_to_id(token) if token else None
     return () if index is None else (index,)
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        return read_json_object(file, MAX_TOKENIZER_BYTES)
-    except FileNotFoundError:
-        return {}
 
 
 def _read_text(file: pathlib.Path) -> str:

@@ -36,30 +36,33 @@ KERNEL_TOKENS: Final = 16
 """Tokens of a chunk in the kernel, which a chunk of :mod:`neuron.layers.cache` is a multiple of."""
 
 
+class DeltaRule(NamedTuple):
+    """Constants of a layer's rule."""
+
+    decay: torch.Tensor
+    """``[H]`` float32: a."""
+    bias: torch.Tensor
+    """``[H]`` float32."""
+    tiled: bool
+    """Whether value head h has key head ``h % K``, not ``h // (H / K)``."""
+    chunk_tokens: int
+    """Tokens of a chunk."""
+
+
 @Operation
 def gated_delta(
-    qkv: torch.Tensor,
-    gates: torch.Tensor,
-    decay: torch.Tensor,
-    bias: torch.Tensor,
-    states: torch.Tensor,
-    drafted: torch.Tensor,
-    batch: Batch,
-    *,
-    tiled: bool,
-    chunk_tokens: int,
+    qkv: torch.Tensor, gates: torch.Tensor, rule: DeltaRule, states: torch.Tensor, drafted: torch.Tensor, batch: Batch
 ) -> torch.Tensor:
     """Return ``o`` ``[T, H Dv]`` of ``qkv`` ``[T, 2 K Dk + H Dv]`` and ``gates`` ``[T, 2 H]``: beta, then alpha.
 
-    ``decay`` and ``bias`` are ``[H]`` float32. ``states`` ``[slots, H, Dk, Dv]`` float32 are updated in place, and
-    ``drafted`` ``[slots, drafts, 2 H]`` gets the gates of draft tokens. Value head h has key head ``h // (H / K)``, or
-    if ``tiled`` ``h % K``.
+    ``states`` ``[slots, H, Dk, Dv]`` float32 are updated in place, and ``drafted`` ``[slots, drafts, 2 H]`` gets the
+    gates of draft tokens.
     """
     assert batch.state_slots is not None
     slots, rows, decodes = batch.state_slots.long(), batch.cu_seqlens.tolist(), batch.num_decodes
 
     def tokens(start: int, stop: int) -> Tokens:
-        return tokens_of(qkv[start:stop].float(), gates[start:stop].float(), decay, bias, states.shape, tiled)
+        return tokens_of(qkv[start:stop].float(), gates[start:stop].float(), rule, states.shape)
 
     parts = []
     if decodes:
@@ -77,8 +80,8 @@ def gated_delta(
         drafted[slot, : end - start - 1] = gates[start + 1 : end]
     for index in range(prompts, len(slots)):
         state, end = states[slots[index]], rows[index + 1]
-        for start in range(rows[index], end, chunk_tokens):
-            out, state = _chunk(tokens(start, min(start + chunk_tokens, end)), state)
+        for start in range(rows[index], end, rule.chunk_tokens):
+            out, state = _chunk(tokens(start, min(start + rule.chunk_tokens, end)), state)
             parts.append(out)
         states[slots[index]] = state
     return torch.cat(parts).flatten(1).to(qkv.dtype)
@@ -98,9 +101,7 @@ class Tokens(NamedTuple):
         return Tokens(*(tensor[index : index + 1] for tensor in self))
 
 
-def tokens_of(
-    qkv: torch.Tensor, gates: torch.Tensor, decay: torch.Tensor, bias: torch.Tensor, shape: torch.Size, tiled: bool
-) -> Tokens:
+def tokens_of(qkv: torch.Tensor, gates: torch.Tensor, rule: DeltaRule, shape: torch.Size) -> Tokens:
     """Return the tokens of float32 ``qkv`` and ``gates``, for states of ``shape``."""
     _, num_heads, key_dim, value_dim = shape
     beta, alpha = gates.chunk(2, dim=1)
@@ -108,8 +109,8 @@ def tokens_of(
     keys = keys.view(len(keys), 2, -1, key_dim)
     keys = keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + NORM_EPS)
     group = num_heads // keys.shape[2]
-    q, k = (keys.repeat(1, 1, group, 1) if tiled else keys.repeat_interleave(group, dim=2)).unbind(1)
-    g = decay * functional.softplus(alpha + bias)
+    q, k = (keys.repeat(1, 1, group, 1) if rule.tiled else keys.repeat_interleave(group, dim=2)).unbind(1)
+    g = rule.decay * functional.softplus(alpha + rule.bias)
     return Tokens(q * key_dim**-0.5, k, v.view(len(v), num_heads, value_dim), g, beta.sigmoid())
 
 
@@ -137,6 +138,12 @@ def _chunk(tokens: Tokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     out = (q * sums.exp()) @ state + (q @ k.mT * decays) @ values
     last = sums[:, -1:]
     return out.transpose(0, 1), state * last.exp() + (k * (last - sums).exp()).mT @ values
+
+
+def state_tile(key_dim: int, value_dim: int) -> tuple[int, int]:
+    """Return BLOCK_K and BLOCK_V of a program's part of a state: twice as many values spill on sm_80."""
+    block_k = max(power_of_two(key_dim), 16)
+    return block_k, max(min(power_of_two(value_dim), 2048 // block_k), 16)
 
 
 @triton.jit
@@ -262,38 +269,27 @@ def _chunk_kernel(
 
 @gated_delta.launcher
 def _launch(
-    qkv: torch.Tensor,
-    gates: torch.Tensor,
-    decay: torch.Tensor,
-    bias: torch.Tensor,
-    states: torch.Tensor,
-    drafted: torch.Tensor,
-    batch: Batch,
-    *,
-    tiled: bool,
-    chunk_tokens: int,
+    qkv: torch.Tensor, gates: torch.Tensor, rule: DeltaRule, states: torch.Tensor, drafted: torch.Tensor, batch: Batch
 ) -> torch.Tensor:
     _, num_heads, key_dim, value_dim = states.shape
     num_key_heads = (qkv.shape[1] - num_heads * value_dim) // (2 * key_dim)
     out = torch.empty((len(qkv), num_heads * value_dim), dtype=qkv.dtype, device=qkv.device)
-    block_k = max(power_of_two(key_dim), 16)
-    # Twice as many values spill on sm_80.
-    block_v = max(min(power_of_two(value_dim), 2048 // block_k), 16)
+    block_k, block_v = state_tile(key_dim, value_dim)
     grid = num_heads, cdiv(value_dim, block_v)
     shared: dict[str, Any] = {
-        "qkv": qkv, "gates": gates, "decay": decay, "bias": bias, "states": states, "out": out,
+        "qkv": qkv, "gates": gates, "states": states, "out": out,
         "stride": qkv.stride(0), "gate_stride": gates.stride(0), "slot_stride": states.stride(0),
-        "scale": key_dim**-0.5, "H": num_heads, "K": num_key_heads, "DK": key_dim, "DV": value_dim, "TILED": tiled,
+        "scale": key_dim**-0.5, "H": num_heads, "K": num_key_heads, "DK": key_dim, "DV": value_dim, "TILED": rule.tiled,
         "BLOCK_K": block_k, "BLOCK_V": block_v,
     }  # fmt: skip
     generating = batch.num_decodes + batch.num_drafting
     prompts = len(batch.context_lens) - generating
     if generating:
         kept: dict[str, Any] = {"drafted": drafted, "drafted_stride": drafted.stride(0)}
-        launch(_recurrence_kernel, (generating, *grid), batch, DRAFTS=batch.num_drafting > 0, **kept, **shared)
+        launch(_recurrence_kernel, (generating, *grid), batch, rule, DRAFTS=batch.num_drafting > 0, **kept, **shared)
     if prompts:
-        chunk = min(chunk_tokens, KERNEL_TOKENS)
-        launch(_chunk_kernel, (prompts, *grid), batch, first_sequence=generating, C=chunk, **shared)
+        chunk = min(rule.chunk_tokens, KERNEL_TOKENS)
+        launch(_chunk_kernel, (prompts, *grid), batch, rule, first_sequence=generating, C=chunk, **shared)
     return out
 
 
@@ -305,14 +301,17 @@ def _cases(check: Run, make: Make, order: str) -> None:
         check(
             make(num_tokens, 2 * num_key_heads * key_dim + num_heads * value_dim),
             make(num_tokens, 2 * num_heads),
-            -make(num_heads, dtype=torch.float32).exp() / 8,
-            make(num_heads, dtype=torch.float32),
+            random_rule(make, num_heads, tiled=order == "tiled"),
             make(num_slots, num_heads, key_dim, value_dim, dtype=torch.float32),
             make(num_slots, 4, 2 * num_heads),
             batch,
-            tiled=order == "tiled",
-            chunk_tokens=16,
         )
+
+
+def random_rule(make: Make, num_heads: int, *, tiled: bool = False) -> DeltaRule:
+    """Return the constants of a layer at random."""
+    decay = -make(num_heads, dtype=torch.float32).exp() / 8
+    return DeltaRule(decay, make(num_heads, dtype=torch.float32), tiled, KERNEL_TOKENS)
 
 
 @gated_delta.launches()
@@ -322,11 +321,8 @@ def _launches(run: Run, make: Make) -> None:
             run(
                 make(len(batch.positions), 2 * 16 * 128 + num_heads * 128),
                 make(len(batch.positions), 2 * num_heads),
-                make(num_heads, dtype=torch.float32),
-                make(num_heads, dtype=torch.float32),
+                random_rule(make, num_heads),
                 make(8, num_heads, 128, 128, dtype=torch.float32),
                 make(8, 8, 2 * num_heads),
                 batch,
-                tiled=False,
-                chunk_tokens=64,
             )

@@ -10,8 +10,16 @@ import torch
 from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.causal_convolution import convolved
-from neuron.triton_kernels.gated_delta import advanced, read_gates, recurrence, tokens_of
-from neuron.triton_kernels.launch import cdiv, launch, power_of_two
+from neuron.triton_kernels.gated_delta import (
+    DeltaRule,
+    advanced,
+    random_rule,
+    read_gates,
+    recurrence,
+    state_tile,
+    tokens_of,
+)
+from neuron.triton_kernels.launch import cdiv, launch
 from neuron.triton_kernels.operation import Make, Operation, Run
 from neuron.triton_kernels.random_batch import steps_of_states, with_states
 
@@ -21,12 +29,9 @@ def replay_drafts(
     inputs: torch.Tensor,
     weight: torch.Tensor,
     drafted: torch.Tensor,
-    decay: torch.Tensor,
-    bias: torch.Tensor,
+    rule: DeltaRule,
     states: torch.Tensor,
     batch: Batch,
-    *,
-    tiled: bool,
 ) -> None:
     """Advance ``states`` by the first ``batch.replays`` draft tokens of each sequence, if there are any.
 
@@ -39,7 +44,7 @@ def replay_drafts(
         if not count:
             continue
         qkv = convolved(inputs[slot, : weight.shape[1] - 1 + count], weight)
-        tokens = tokens_of(qkv.float(), drafted[slot, :count].float(), decay, bias, states.shape, tiled)
+        tokens = tokens_of(qkv.float(), drafted[slot, :count].float(), rule, states.shape)
         state = states[slot : slot + 1]
         for t in range(count):
             _, state = recurrence(tokens.part(t), state)
@@ -87,25 +92,22 @@ def _launch(
     inputs: torch.Tensor,
     weight: torch.Tensor,
     drafted: torch.Tensor,
-    decay: torch.Tensor,
-    bias: torch.Tensor,
+    rule: DeltaRule,
     states: torch.Tensor,
     batch: Batch,
-    *,
-    tiled: bool,
 ) -> None:
     _, num_heads, key_dim, value_dim = states.shape
     num_channels, width = weight.shape
-    block_k = max(power_of_two(key_dim), 16)
-    block_v = max(min(power_of_two(value_dim), 2048 // block_k), 16)
+    block_k, block_v = state_tile(key_dim, value_dim)
     launch(
         _replay_kernel,
         (len(batch.context_lens), num_heads, cdiv(value_dim, block_v)),
         batch,
-        inputs=inputs, weight=weight, drafted=drafted, decay=decay, bias=bias, states=states,
+        rule,
+        inputs=inputs, weight=weight, drafted=drafted, states=states,
         input_stride=inputs.stride(0), drafted_stride=drafted.stride(0), slot_stride=states.stride(0),
         H=num_heads, K=(num_channels - num_heads * value_dim) // (2 * key_dim), DK=key_dim, DV=value_dim, W=width,
-        TILED=tiled, BLOCK_K=block_k, BLOCK_V=block_v,
+        TILED=rule.tiled, BLOCK_K=block_k, BLOCK_V=block_v,
     )  # fmt: skip
 
 
@@ -118,11 +120,9 @@ def _cases(check: Run, make: Make, order: str) -> None:
             make(num_slots, width + 3, num_channels),
             make(num_channels, width),
             make(num_slots, 4, 2 * num_heads),
-            -make(num_heads, dtype=torch.float32).exp() / 8,
-            make(num_heads, dtype=torch.float32),
+            random_rule(make, num_heads, tiled=order == "tiled"),
             make(num_slots, num_heads, key_dim, value_dim, dtype=torch.float32),
             batch,
-            tiled=order == "tiled",
         )
 
 
@@ -137,9 +137,7 @@ def _launches(run: Run, make: Make) -> None:
                 make(8, 11, num_channels),
                 make(num_channels, 4),
                 make(8, 8, 2 * num_heads),
-                make(num_heads, dtype=torch.float32),
-                make(num_heads, dtype=torch.float32),
+                random_rule(make, num_heads),
                 make(8, num_heads, 128, 128, dtype=torch.float32),
                 batch,
-                tiled=False,
             )

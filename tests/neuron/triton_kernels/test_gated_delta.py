@@ -8,7 +8,7 @@ import torch
 
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.causal_convolution import causal_convolution
-from neuron.triton_kernels.gated_delta import gated_delta
+from neuron.triton_kernels.gated_delta import DeltaRule, gated_delta
 from neuron.triton_kernels.replay import replay_drafts
 
 H, K, DK, DV = 4, 2, 16, 8
@@ -32,12 +32,16 @@ def inputs(num_tokens: int, **changes: torch.Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run(given: dict[str, Any], batch: Batch) -> torch.Tensor:
+    rule = DeltaRule(given["decay"], given["bias"], given["tiled"], chunk_tokens=64)
+    return gated_delta.eager(given["qkv"], given["gates"], rule, given["states"], given["drafted"], batch)
+
+
 def by_token(given: dict[str, Any]) -> torch.Tensor:
     """Return what the recurrence makes of each token in turn."""
     found = [
-        gated_delta.eager(
-            **{**given, "qkv": given["qkv"][t : t + 1], "gates": given["gates"][t : t + 1]},
-            batch=step_of(1, decodes=True), chunk_tokens=64,
+        run(
+            {**given, "qkv": given["qkv"][t : t + 1], "gates": given["gates"][t : t + 1]}, step_of(1, decodes=True)
         )
         for t in range(len(given["qkv"]))
     ]  # fmt: skip
@@ -62,7 +66,7 @@ def extremes(num_tokens: int) -> dict[str, dict[str, Any]]:
 def test_chunks_equal_the_recurrence(name: str) -> None:
     given = extremes(150)[name]
     one, other = ({**given, "states": given["states"].clone()} for _ in range(2))
-    found = gated_delta.eager(**one, batch=step_of(150), chunk_tokens=64)
+    found = run(one, step_of(150))
     expected = by_token(other)
     assert found.isfinite().all()
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-4)
@@ -71,13 +75,12 @@ def test_chunks_equal_the_recurrence(name: str) -> None:
 
 def test_a_prompt_cut_at_chunks_has_the_same_bits() -> None:
     given = inputs(200)
-    whole = gated_delta.eager(**{**given, "states": given["states"].clone()}, batch=step_of(200), chunk_tokens=64)
+    whole = run({**given, "states": given["states"].clone()}, step_of(200))
     parts = [
-        gated_delta.eager(
-            **{**given, "qkv": given["qkv"][run], "gates": given["gates"][run]},
-            batch=step_of(len(range(200)[run])), chunk_tokens=64,
+        run(
+            {**given, "qkv": given["qkv"][part], "gates": given["gates"][part]}, step_of(len(range(200)[part]))
         )
-        for run in (slice(0, 64), slice(64, 192), slice(192, 200))
+        for part in (slice(0, 64), slice(64, 192), slice(192, 200))
     ]  # fmt: skip
     assert torch.equal(torch.cat(parts), whole)
 
@@ -86,7 +89,7 @@ def test_ten_thousand_tokens_stay_finite_and_bounded() -> None:
     """A state of values below 1 keeps below a bound, however slowly it decays, and does not drift."""
     given = inputs(10_000)
     given["decay"], given["qkv"] = torch.full((H,), -1e-5), given["qkv"].clamp(-1, 1)
-    found = gated_delta.eager(**given, batch=step_of(10_000), chunk_tokens=64)
+    found = run(given, step_of(10_000))
     assert found.isfinite().all()
     assert given["states"].abs().max() < 20
     expected = in_float64(given)
@@ -112,7 +115,7 @@ def in_float64(given: dict[str, Any]) -> torch.Tensor:
 def test_other_slots_are_left_alone() -> None:
     given = inputs(70, states=torch.full((3, H, DK, DV), torch.nan))
     given["states"][1] = 0
-    assert gated_delta.eager(**given, batch=step_of(70), chunk_tokens=64).isfinite().all()
+    assert run(given, step_of(70)).isfinite().all()
     assert given["states"][[0, 2]].isnan().all()
 
 
@@ -122,19 +125,16 @@ def test_verified_drafts_leave_the_state_of_decodes_to_the_bit(dtype: torch.dtyp
     given = inputs(60)
     x, gates = torch.randn(60, 2 * K * DK + H * DV).to(dtype), given["gates"].to(dtype)
     weight = torch.randn(x.shape[1], 4).to(dtype)
-    rule = {name: given[name] for name in ("decay", "bias")}
+    rule = DeltaRule(given["decay"], given["bias"], tiled=False, chunk_tokens=64)
 
     def step(
         kept: list[torch.Tensor], rows: torch.Tensor, own_gates: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         convolved, states, drafted = kept
         if batch.replays is not None:
-            replay_drafts.eager(convolved, weight, drafted, **rule, states=states, batch=batch, tiled=False)
+            replay_drafts.eager(convolved, weight, drafted, rule, states, batch)
         qkv = causal_convolution.eager(rows, weight, convolved, batch)
-        out = gated_delta.eager(
-            qkv, own_gates, **rule, states=states, drafted=drafted, batch=batch, tiled=False, chunk_tokens=64
-        )
-        return out, kept
+        return gated_delta.eager(qkv, own_gates, rule, states, drafted, batch), kept
 
     def fresh() -> list[torch.Tensor]:
         shape = (2, DRAFTS, 2 * H)
