@@ -417,7 +417,7 @@ FORMS: Final[dict[str, Callable[[torch.Tensor], QuantizedMatrix]]] = {
 
 @quantized_matmul.cases(*FORMS, dtypes=HALF_TYPES)
 def _cases(check: Run, make: Make, form: str) -> None:
-    for rows, depth, width in ((1, 512, 20), (5, 768, 70), (40, 256, 33), (130, 512, 140)):
+    for rows, depth, width in ((1, 512, 20), (5, 768, 70), (40, 256, 33), (70, 256, 140)):
         weight = FORMS[form](make(width, depth, dtype=torch.float32, scale=depth**-0.5))
         x = make(rows, depth)
         check(x, weight, make(width))

@@ -276,7 +276,7 @@ Arrivals.TestCase.settings = settings(max_examples=50, stateful_step_count=50, d
 TestArrivals = Arrivals.TestCase
 
 
-@pytest.mark.parametrize(("states", "count"), [(None, 10_000), (dataclasses.replace(STATES, num_slots=40), 2000)])
+@pytest.mark.parametrize(("states", "count"), [(None, 3000), (dataclasses.replace(STATES, num_slots=40), 1000)])
 def test_thousands_of_sequences_leave_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, states: StateSlots | None, count: int
 ) -> None:
