@@ -167,6 +167,22 @@ def test_what_a_newcomer_gets_wrong_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_without_a_node_that_is_up_it_is_one_line(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    port, config = daemons.free_port(), tmp_path / "cortex.toml"
+    config.write_text(
+        f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = ""\n'
+        f'[[neurons]]\nname = "here"\nendpoint = "http://127.0.0.1:{daemons.free_port()}"\n[store]\npath = ":memory:"\n'
+    )
+    (tmp_path / "models.toml").write_text("")
+    command = ("cortex", "serve", "--config", str(config))
+    with daemons.daemon(*command, port=port, log=tmp_path / "cortex.log") as gateway:
+        daemons.until(lambda: gateway.get("/version"), 20, "the gateway answers")
+        assert cli.main(["run", "hf:o/n", "hello", "--url", gateway.url]) == 1
+    told = capfd.readouterr()
+    wanted = r"cortex: No node is up that can load a model \(here: .*\): start `neuron` on a host, and see .*\.\n"
+    assert (told.out, bool(re.fullmatch(wanted, told.err))) == ("", True), told.err
+
+
 def test_a_pipe_is_the_prompt_or_is_added_to_it(folder: pathlib.Path, url: str) -> None:
     path = model(folder, "piped", 1)
 

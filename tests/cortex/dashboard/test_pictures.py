@@ -161,6 +161,9 @@ def take_all(page: Page) -> None:
     page.until(f"document.querySelector('{row(LOADING)} .pill').textContent === 'ready'")
     take(page, "narrow", "light", "scrollTo(0, 0)")
     page.size(1440, 900)
+    page.run("document.getElementById('chat-expand').click(); document.querySelector('.talk').scrollTop = 1e6")
+    page.run("document.querySelector('.result').value = '19 degrees, light rain'")
+    take(page, "playground", "light", "scrollTo(0, 0)")
 
 
 def take(page: Page, name: str, scheme: str, place: str) -> None:
