@@ -58,7 +58,7 @@ class Application(Worker):
 
     def open_rsgi(self, loop: asyncio.AbstractEventLoop) -> None:
         """Accept RSGI requests on this loop."""
-        self._watches = Watches(loop)
+        self.watches = Watches(loop)
         self._coalescer = WriteCoalescer(loop)
 
     def __rsgi__(self, scope: Any, protocol: Any) -> Coroutine[Any, Any, None]:
@@ -66,7 +66,7 @@ class Application(Worker):
         if scope.proto != "http":
             return self._serve_socket(RsgiSocket(scope, protocol))
         self._coalescer.bypass()
-        return self.handle(RsgiExchange(scope, protocol, self._watches, self._coalescer))
+        return self.handle(RsgiExchange(scope, protocol, self.watches, self._coalescer))
 
     async def _serve_socket(self, socket: RsgiSocket) -> None:
         try:

@@ -16,5 +16,6 @@ cdef class Watches:
     cdef list young
     cdef list older
     cdef bint is_timed
+    cdef double poll_s
 
     cpdef Watch begin(self, protocol, callback)

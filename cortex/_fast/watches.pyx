@@ -10,8 +10,6 @@ cimport cython
 WATCH_AFTER_S = 0.02
 """Age of an answer at which its watch asks for the client's disconnect, and at least half of that."""
 
-cdef double POLL_S = WATCH_AFTER_S / 2
-
 
 @cython.final
 @cython.freelist(64)
@@ -49,10 +47,11 @@ cdef class Watch:
 
 @cython.final
 cdef class Watches:
-    """Watches of a loop that have not asked yet."""
+    """Watches of a loop that have not asked yet; each does when its answer is ``after_s`` old."""
 
-    def __init__(self, loop):
+    def __init__(self, loop, double after_s=WATCH_AFTER_S):
         self.loop = loop
+        self.poll_s = after_s / 2
         self.young = []
         self.older = []
 
@@ -62,7 +61,7 @@ cdef class Watches:
         self.young.append(watch)
         if not self.is_timed:
             self.is_timed = True
-            self.loop.call_later(POLL_S, self.poll)
+            self.loop.call_later(self.poll_s, self.poll)
         return watch
 
     def poll(self):
@@ -73,4 +72,4 @@ cdef class Watches:
         self.older, self.young = self.young, []
         self.is_timed = bool(self.older)
         if self.is_timed:
-            self.loop.call_later(POLL_S, self.poll)
+            self.loop.call_later(self.poll_s, self.poll)
