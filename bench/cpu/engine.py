@@ -33,12 +33,12 @@ def resident_bytes() -> int:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def bandwidth(num_bytes: int = 256 << 20, repeats: int = 6) -> float:
-    """Return the best rate, in GB/s, at which all cores read memory. What it reads is given back."""
-    data = torch.from_numpy(huge_pages(num_bytes)).view(torch.float32)
+def bandwidth(num_bytes: int = 256 << 20) -> float:
+    """Return the best rate, in GB/s, at which all cores read so many bytes over and over. They are given back."""
+    data = torch.from_numpy(huge_pages(num_bytes)[: num_bytes // 4 * 4]).view(torch.float32)
     data += 1
     best = 0.0
-    for _ in range(repeats):
+    for _ in range(max(6, (64 << 20) // num_bytes)):
         start = time.perf_counter()
         data.sum()
         best = max(best, num_bytes / (time.perf_counter() - start) / 1e9)
@@ -133,11 +133,11 @@ def main() -> None:
         shares = []
         for _ in range(options.repeats):
             # The machine's memory has faster and slower minutes: each rate is compared with a probe beside it.
-            before = bandwidth() if streams == 1 else 0.0
+            before = bandwidth(read) if streams == 1 else 0.0
             rates.append(bench.decode(streams, prompt[:PROMPT_TOKENS], options.tokens))
             peak = max(peak, resident_bytes())
             if streams == 1:
-                probed = max(before, bandwidth())
+                probed = max(before, bandwidth(read))
                 shares.append((rates[-1] * read / 1e9 / probed, probed))
         found[f"generate_{streams}"] = max(rates)
         if shares:

@@ -13,8 +13,9 @@
 #include "simd.h"
 
 enum {
-    /* Prefetch distance in bytes: hides memory latency at few activations. Sixteen groups of W4. */
-    PREFETCH_BYTES = 5120,
+    /* Prefetch distances in bytes, past the caches and into the second level: they hide memory latency at few activations. */
+    FAR_BYTES = 5120,
+    NEAR_BYTES = 3072,
     /* Activations of a panel, in bytes: half of a second-level cache of 512 KiB. */
     PANEL_BYTES = 256 << 10,
 };
@@ -22,10 +23,14 @@ enum {
 /* A step reads a weight once, so none need stay in a cache (locality 0). Where that is slow, by way of the second level. */
 INLINE void prefetch(const uint8_t *w, int bytes, int into_l2) {
     if (into_l2)
-        UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + PREFETCH_BYTES + i, 0, 2);
+        UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + NEAR_BYTES + i, 0, 2);
     else
-        UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + PREFETCH_BYTES + i, 0, 0);
+        UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + FAR_BYTES + i, 0, 0);
 }
+
+#ifdef __AMX_BF16__
+#include "matmul_amx.h"
+#endif
 
 INLINE float load_float(const uint8_t *from) { return bits_float(load_u32(from)); }
 
@@ -117,16 +122,15 @@ INLINE vf gelu_exponent(vf x) {
     return vf_mul(vf_mul(x, cubic), vf_set1(1.5957691216f)); /* 2 sqrt(2 / pi) */
 }
 
-INLINE void tile(const int format, const int num_rows, const struct matmul *t, int block, size_t bytes, int groups,
-                 int first) {
-    const uint8_t *x[TILE_ROWS];
-    const uint8_t *w = t->w->data + (size_t)block * bytes;
-    vf acc[TILE_ROWS];
-    for (int b = 0; b < num_rows; b++) x[b] = t->x + (size_t)(first + b) * t->x_stride;
-    block_dot(format, num_rows, w, groups, t->into_l2, x, acc);
+/* Activations of a panel, in whole tiles. */
+INLINE int panel_rows(const struct matmul *t, int tile_rows) {
+    int tiles = (int)(PANEL_BYTES / t->x_stride) / tile_rows;
+    return (tiles > 0 ? tiles : 1) * tile_rows;
+}
+
+/* Write what becomes of the products of a block; of two in turn, gates and up, where they are gated. */
+INLINE void write_block(const struct matmul *t, int block, int first, int num_rows, const vf *acc, const vf *up) {
     if (t->epilogue == SWIGLU || t->epilogue == GEGLU) {
-        vf up[TILE_ROWS];
-        block_dot(format, num_rows, w + bytes, groups, t->into_l2, x, up);
         for (int b = 0; b < num_rows; b++) {
             vf exponent = t->epilogue == SWIGLU ? acc[b] : gelu_exponent(acc[b]);
             vf denominator = vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), exponent)));
@@ -149,12 +153,43 @@ INLINE void tile(const int format, const int num_rows, const struct matmul *t, i
     }
 }
 
+INLINE int blocks_together(const struct matmul *t) { return t->epilogue == SWIGLU || t->epilogue == GEGLU ? 2 : 1; }
+
+INLINE void tile(const int format, const int num_rows, const struct matmul *t, int block, size_t bytes, int groups,
+                 int first) {
+    const uint8_t *x[TILE_ROWS];
+    const uint8_t *w = t->w->data + (size_t)block * bytes;
+    vf acc[TILE_ROWS], up[TILE_ROWS];
+    for (int b = 0; b < num_rows; b++) x[b] = t->x + (size_t)(first + b) * t->x_stride;
+    block_dot(format, num_rows, w, groups, t->into_l2, x, acc);
+    if (blocks_together(t) == 2) block_dot(format, num_rows, w + bytes, groups, t->into_l2, x, up);
+    write_block(t, block, first, num_rows, acc, up);
+}
+
+#ifdef __AMX_BF16__
+/* Blocks of bfloat16 on the matrix units, also for one activation. */
+static void matrix_bf16(const struct matmul *t, int first_block, int end_block) {
+    size_t bytes = block_bytes(W16, t->w->columns);
+    int groups = num_groups(W16, t->w->columns), step = blocks_together(t), panel = panel_rows(t, MATRIX_ROWS);
+    for (int from = 0; from < t->num_x; from += panel) {
+        int end = from + panel < t->num_x ? from + panel : t->num_x;
+        for (int block = first_block, count; block < end_block; block += count) {
+            count = end_block - block < MATRIX_BLOCKS ? end_block - block : MATRIX_BLOCKS;
+            for (int row = from; row < end; row += MATRIX_ROWS) {
+                vf sums[MATRIX_BLOCKS][MATRIX_ROWS];
+                int rows = end - row < MATRIX_ROWS ? end - row : MATRIX_ROWS;
+                matrix_pairs(t->w->data + (size_t)block * bytes, bytes, count, groups, t->into_l2,
+                             t->x + (size_t)row * t->x_stride, t->x_stride, rows, sums);
+                for (int i = 0; i < count; i += step) write_block(t, block + i, row, rows, sums[i], sums[i + step - 1]);
+            }
+        }
+    }
+}
+#endif
+
 INLINE void blocks(const int format, const struct matmul *t, int first_block, int end_block) {
     size_t bytes = block_bytes(format, t->w->columns);
-    int groups = num_groups(format, t->w->columns);
-    int step = t->epilogue == SWIGLU || t->epilogue == GEGLU ? 2 : 1;
-    int panel = (int)(PANEL_BYTES / t->x_stride) / TILE_ROWS * TILE_ROWS;
-    if (panel < TILE_ROWS) panel = TILE_ROWS;
+    int groups = num_groups(format, t->w->columns), step = blocks_together(t), panel = panel_rows(t, TILE_ROWS);
     for (int from = 0; from < t->num_x; from += panel) {
         int end = from + panel < t->num_x ? from + panel : t->num_x;
         for (int block = first_block; block < end_block; block += step) {
@@ -184,7 +219,11 @@ void LEVEL(matmul)(const struct matmul *task, int first_block, int end_block) {
     case IQ4: blocks(IQ4, task, first_block, end_block); break;
     case FP4: blocks(FP4, task, first_block, end_block); break;
     case W8: blocks(W8, task, first_block, end_block); break;
+#ifdef __AMX_BF16__
+    case W16: matrix_bf16(task, first_block, end_block); break;
+#else
     case W16: blocks(W16, task, first_block, end_block); break;
+#endif
     case W32: blocks(W32, task, first_block, end_block); break;
     default: break;
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cpu_levels import FLOAT32_LEVELS
 
 from neuron.cpu_kernels import native
 from neuron.models.packed import Format, whole_registers
@@ -204,7 +205,7 @@ def conversation(rig: Rig, chunk: int) -> list[np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize(("kv_dtype", "tolerance"), [("float32", 2e-4), ("bfloat16", 0.05), ("int8", 0.05)])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("level", FLOAT32_LEVELS)
 def test_threads_and_chunks_change_nothing(level: str, form: str, kv_dtype: str, tolerance: float) -> None:
     plain = conversation(Rig(1, "portable", form=FORMS[form]), 200)
     for threads, chunk in ((1, 200), (2, 7), (5, 31), (3, 5)):
@@ -244,7 +245,7 @@ def large_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gemma-wide-window", "int8"),
     ],
 )
-@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("level", FLOAT32_LEVELS)
 def test_cuts_threads_and_company_change_no_bit(level: str, form: str, kv_dtype: str, large_cache: None) -> None:
     """A row's result depends on the row alone, not on how a prompt was cut or on the other rows of the step."""
     random = np.random.default_rng(11)
@@ -277,7 +278,7 @@ def test_cuts_threads_and_company_change_no_bit(level: str, form: str, kv_dtype:
         assert [place for place in places if found[place] != plain[place]] == [], (threads, largest, company)
 
 
-@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("level", FLOAT32_LEVELS)
 def test_states_agree_to_the_bit_however_a_prompt_is_cut_at_whole_chunks(level: str) -> None:
     """Threads and the other sequences of a step change nothing either; a chunk of one token is a decode."""
     random = np.random.default_rng(12)
@@ -313,7 +314,7 @@ def test_states_do_not_mix() -> None:
     assert (together.rig.states[[0, 1, 2, 4, 6, 8, 10]] == 0).all()
 
 
-@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("level", FLOAT32_LEVELS)
 @pytest.mark.parametrize("form", ["hybrid", "hybrid-tiled"])
 def test_accepted_drafts_leave_the_state_of_decodes_to_the_bit(level: str, form: str) -> None:
     """Of two sequences with drafts, beside a decode and a prompt; some of the drafts are accepted, and some are not."""
@@ -554,7 +555,7 @@ class MultiStep:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("level", FLOAT32_LEVELS)
 def test_multi_step_equals_single_steps(level: str, form: str) -> None:
     for threads in (1, 3):
         apart, together = MultiStep(threads, level, FORMS[form]), MultiStep(threads, level, FORMS[form])

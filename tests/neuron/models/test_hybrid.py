@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cpu_levels import FLOAT32_LEVELS
 from hybrid_gguf import write_gguf
 from hybrid_models import CONFIG, forgetting, make_model
 
 from cortex.wire.errors import ApiError
-from neuron.cpu_kernels import native
 from neuron.layers.attention import Attention
 from neuron.layers.cache import MAX_DRAFTS, SequenceState
 from neuron.layers.gated_delta import GatedDelta
@@ -45,9 +45,9 @@ def case(
     return path, prompts, [expected_of(model, prompt, NUM_TOKENS) for prompt in prompts]
 
 
-@pytest.fixture(params=["eager", *native.levels()])
+@pytest.fixture(params=["eager", *FLOAT32_LEVELS])
 def executor(request: pytest.FixtureRequest, case: Any, set_engine: Callable[..., None]) -> None:
-    """Eager torch, and the kernels at every level that this processor has, where they run the model."""
+    """Eager torch, and the kernels at every level whose float32 differs, where they run the model."""
     if request.param == "eager":
         set_engine(cpu_kernels=False)
     elif packed.obstacle(read_config(case[0])):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cpu_levels import FLOAT32_LEVELS
 from gguf_reference import transformers_model
 
-from neuron.cpu_kernels import native
 from neuron.engine.speculation import Speculation
 from neuron.models import packed
 from neuron.models.config import read_config
@@ -156,9 +156,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert error.max() < 1e-3, f"relative error {error.max():.2e} at step {int(error.argmax())}"
 
 
-@pytest.fixture(params=["eager", *native.levels()], autouse=True)
+@pytest.fixture(params=["eager", *FLOAT32_LEVELS], autouse=True)
 def executor(request: pytest.FixtureRequest, set_engine: Callable[..., None]) -> None:
-    """Eager torch, and the native kernels at every level that this processor has."""
+    """Eager torch, and the native kernels at every level of this processor whose float32 differs."""
     if request.param == "eager":
         set_engine(cpu_kernels=False)
     else:
@@ -259,7 +259,7 @@ def test_how_a_real_model_is_run_does_not_show(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prefix cache, chunks, one or sixteen streams, speculation: the same greedy tokens."""
-    if harness.settings.cpu_level != native.levels()[0]:
+    if harness.settings.cpu_level != FLOAT32_LEVELS[0]:
         pytest.skip("once, on the fastest kernels")
     path: pathlib.Path = request.getfixturevalue(name)
     monkeypatch.setattr(Speculation, "_depth", lambda self, decoding, able, available: min(3, max(available)))
