@@ -88,6 +88,21 @@ async def test_an_unstorable_response_is_refused_before_a_node_is_tried() -> Non
         assert (call.status, call.json()["error"]["code"]) == (507, "store_full")
 
 
+async def test_a_nodes_id_takes_the_place_of_no_conversation() -> None:
+    async def script(received: Received, line: Line) -> None:
+        await line.reply(200, orjson.dumps(RESPONSE | {"id": id, "status": "completed", "output": [], "store": True}))
+
+    async with rig(FakeNode(script=script).ready("m"), store=SMALL) as gateway:
+        id = await conversation(gateway)
+        call = await gateway.call("POST", "/v1/responses", {"model": "m", "input": "Hi"}).end()
+        assert (call.status, call.json()["store"]) == (200, False)
+        assert (await gateway.call("GET", f"/v1/conversations/{id}").end()).json()["object"] == "conversation"
+        call = await gateway.call(
+            "POST", "/v1/responses", {"model": "m", "input": "", "previous_response_id": id}
+        ).end()
+        assert call.json()["error"]["code"] == "previous_response_not_found"
+
+
 async def test_a_background_response_without_room_says_so_and_does_not_stay_queued() -> None:
     async with rig(responds(9_000), store=SMALL) as gateway:
         body = {"model": "m", "input": "Hi", "background": True}
