@@ -275,10 +275,10 @@ def test_a_model_is_loaded_beside_one_whose_steps_go_on(
     specs = {name: ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=4 << 20) for name in paths}
 
     async def story(workers: tuple[Worker, ...], loader: TorchHarness) -> None:
-        await loader._load_group(workers, specs["first"], paths["first"], lambda _: None)
+        await loader._load_parts(workers, specs["first"], paths["first"], lambda _: None)
         for _ in range(4):
             running = asyncio.create_task(generated(workers[0], "first", ([5, 9, 17],), 40))
-            await loader._load_group(workers, specs["second"], paths["second"], lambda _: None)
+            await loader._load_parts(workers, specs["second"], paths["second"], lambda _: None)
             assert len((await running)[0]) == 40
             await asyncio.gather(*(worker.unload("second") for worker in workers))
 
@@ -304,14 +304,14 @@ def compare(paths: dict[str, pathlib.Path], harness: Callable[..., Any], kv_cach
         found = {}
         for name, path in paths.items():
             spec = ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=kv_cache_bytes)
-            loaded = await loader._load_group(workers, spec, path, lambda _: None)
+            loaded = await loader._load_parts(workers, spec, path, lambda _: None)
             assert loaded.model == name
             found[name] = await generated(workers[0], name, PROMPTS, 24)
         other = ModelSpec("other", "x", tensor_parallel=2, dtype="float32")
         with pytest.raises(UnprocessableError, match="must share all of them"):
-            await loader._load_group((workers[1], workers[0]), other, path, lambda _: None)
+            await loader._load_parts((workers[1], workers[0]), other, path, lambda _: None)
         with pytest.raises(ApiError, match="loaded or loading on cpu:"):
-            await loader._load_group(workers, spec, path, lambda _: None)
+            await loader._load_parts(workers, spec, path, lambda _: None)
         for name in paths:
             await asyncio.gather(*(worker.unload(name) for worker in workers))
         assert [(await worker.memory()).used_bytes > 0 for worker in workers] == [True, True]
@@ -395,6 +395,6 @@ def test_a_load_that_fails_on_one_rank_names_the_reason_and_is_undone_on_the_oth
     loader = TorchHarness({rank.device_id: rank for rank in ranks}, LocalTexts(), 0.1)  # type: ignore[misc]
     for _ in range(2):
         with pytest.raises(DoesNotFitError, match="too large"):
-            asyncio.run(loader._load_group(ranks, ModelSpec("m", "x", tensor_parallel=3), tiny_llama, lambda _: None))  # type: ignore[arg-type]
+            asyncio.run(loader._load_parts(ranks, ModelSpec("m", "x", tensor_parallel=3), tiny_llama, lambda _: None))  # type: ignore[arg-type]
     assert [rank.unloaded for rank in ranks] == [2, 0, 2]
     assert not loader._groups
