@@ -155,6 +155,7 @@ def test_a_full_disk_is_one_line(
     tmp_path: pathlib.Path, site: FileServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache is on a disk of 1 MiB, which only the neuron sees."""
+    site.statuses.clear()
     monkeypatch.setattr("sys.stdin", io.StringIO())
     cache = tmp_path / "cache"
     cache.mkdir()
