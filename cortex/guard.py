@@ -70,7 +70,7 @@ class Guard:
         self._origins = frozenset(normal_origin(origin) for origin in origins)
         self._hosts = frozenset({socket.gethostname().lower(), *(host.lower().rstrip(".") for host in hosts)})
         self.known_hosts: set[str | None] = {None}
-        """Values of ``Host`` that have passed, for the fast path; ``None`` is no such header."""
+        """Values of ``Host`` that have passed, for the pipeline; ``None`` is no such header."""
 
     def check_media_type(self, method: str, header: Headers) -> None:
         """Raise :class:`UnsupportedMediaTypeError` for a body of another type, or of no type with an ``Origin``."""

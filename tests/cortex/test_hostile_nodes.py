@@ -109,7 +109,7 @@ def test_there_are_enough_of_them() -> None:
 
 @pytest.mark.parametrize("behaviour", of("whole"))
 async def test_an_answer_that_is_not_streamed(behaviour: Behaviour) -> None:
-    """By the slow path, and by the fast path, which takes a connection that is kept."""
+    """Over a new connection, in steps, and over one that is kept, at once."""
     node = FakeNode("hostile").ready("m")
     async with beside_a_sound_one(node) as gateway:
         await until(lambda: gateway.gateway.fleet.state.nodes["hostile"].up)

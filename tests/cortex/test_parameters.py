@@ -35,7 +35,7 @@ async def test_an_answer_lists_ignored_parameters(
 ) -> None:
     caplog.set_level(logging.INFO, "cortex")
     async with rig(node()) as gateway:
-        for _ in range(2):  # the second one has a connection that is open, and could go the fast path
+        for _ in range(2):  # the second one has a connection that is open, and could be sent at once
             plain = await gateway.call("POST", path, body).end()
             assert (plain.status, plain.headers.get("x-cortex-ignored")) == (200, None)
             call = await gateway.call("POST", path, {**body, "temprature": 1, "a\r\nb": 2}).end()

@@ -279,7 +279,7 @@ async def test_two_hundred_clients_that_leave_at_random_leave_nothing(tmp_path: 
 async def test_a_client_that_leaves_in_the_middle_of_a_large_answer_is_seen(
     tmp_path: pathlib.Path, interface: str
 ) -> None:
-    """Also where the fast path has been asking for a while whether it is there, and had to hand it over."""
+    """Also where the pipeline has been asking for a while whether it is there, and had to hand it to a step."""
 
     async def large_and_slow(received: Received, line: Line) -> None:
         await asyncio.sleep(0.1)

@@ -48,7 +48,7 @@ def url(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_an_answer_has_the_name_that_was_asked_for(url: str, path: str, name: str, stream: bool) -> None:
     with httpx.Client(timeout=20) as client:
-        for _ in range(2):  # the second one has a connection that is open, and could go the fast path
+        for _ in range(2):  # the second one has a connection that is open, and could be sent at once
             reply = client.post(url + path, json={"model": name, "stream": stream, **BODIES[path]})
             assert reply.status_code == 200, reply.text
             assert names_of(reply) == {name}

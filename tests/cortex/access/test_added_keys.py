@@ -300,7 +300,7 @@ async def test_workers_share_keys_and_add_up_use(tmp_path: pathlib.Path, monkeyp
             await until_all(401)
 
 
-async def test_a_key_expires_also_on_the_fast_path(tmp_path: pathlib.Path) -> None:
+async def test_a_key_expires_also_where_its_access_is_cached(tmp_path: pathlib.Path) -> None:
     now = datetime.datetime.now(datetime.UTC)
     async with running(tmp_path) as clients:
         past = await clients.admin("POST", name="past", expires_at=(now - datetime.timedelta(days=1)).isoformat())
