@@ -66,6 +66,7 @@ class Sequence:
         "num_fill",
         "num_prompt",
         "num_published",
+        "num_rejections",
         "num_replays",
         "num_scored",
         "num_settled",
@@ -121,6 +122,8 @@ class Sequence:
         self.drafts: Int32Array = NO_TOKENS
         """Draft tokens, to be verified in its next step."""
         self.acceptance_rate = FIRST_ACCEPTANCE
+        self.num_rejections = 0
+        """Steps in succession of whose draft tokens none was accepted, up to a bound."""
         self.num_computed = self.num_settled = 0
         self.num_awaited = 0
         self.num_replays = 0

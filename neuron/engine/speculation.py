@@ -29,7 +29,9 @@ NEW_WEIGHT: Final = 0.2
 """Weight of one verified draft token in a sequence's acceptance rate."""
 ACCEPTANCE_RECOVERY: Final = 0.0015
 """Increase of the rate by each step that had draft tokens and did not verify them, so that they are tried again: once
-in some 60 steps, of which a try in vain costs 1 %."""
+in some 60 steps, of which a try in vain costs 1 %. It is divided by the tries in vain so far."""
+MOST_REJECTIONS: Final = 4
+"""Most tries in vain that count, so that a text that begins to repeat is noticed within some 400 steps."""
 USUAL_WEIGHT: Final = 0.05
 """Weight of one step of a sequence in the rate with which others begin."""
 LEAST_USUAL: Final = 0.4
@@ -161,7 +163,8 @@ class Speculation:
         if not depth:
             for sequence, count in zip(able, available, strict=True):
                 if count:
-                    sequence.acceptance_rate = min(1.0, sequence.acceptance_rate + ACCEPTANCE_RECOVERY)
+                    recovery = ACCEPTANCE_RECOVERY / (1 + sequence.num_rejections)
+                    sequence.acceptance_rate = min(1.0, sequence.acceptance_rate + recovery)
             return
         counts = [reserve(sequence, min(depth, count)) for sequence, count in zip(able, available, strict=True)]
         for sequence, drafts in zip(able, self.drafter.propose(able, counts), strict=True):
@@ -204,6 +207,7 @@ class Speculation:
         verified = num_accepted + (num_accepted < proposed)
         weight = 1.0 - (1.0 - NEW_WEIGHT) ** verified
         sequence.acceptance_rate += weight * (num_accepted / verified - sequence.acceptance_rate)
+        sequence.num_rejections = 0 if num_accepted else min(sequence.num_rejections + 1, MOST_REJECTIONS)
         # Behind the first rejected token the draft model's cache is wrong too.
         sequence.num_drafted = min(sequence.num_drafted, sequence.num_tokens + num_accepted)
         usual = self.usual_rate + USUAL_WEIGHT * (sequence.acceptance_rate - self.usual_rate)
