@@ -37,8 +37,8 @@ CHECKS = [
 EXAMPLES = 8
 """Examples of each operation."""
 
-LASTING = re.compile(r"(/admin)?(/nodes)?(/models/(load|unload|pin)|/drain|/reload)")
-"""Operations with lasting effects; they get servers of their own."""
+LASTING = re.compile(r"/admin/.*|/models/(load|unload|pin)|/drain")
+"""Operations with lasting effects, such as a first key, which closes a gateway; they get servers of their own."""
 
 
 def described(module: Any) -> dict[str, set[str]]:
