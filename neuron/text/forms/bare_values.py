@@ -21,6 +21,16 @@ MAX_ALTERNATIVES: Final = 256
 MAX_DEPTH: Final = 64
 
 
+def json_text(value: object) -> str:
+    """Return the JSON of a value, with letters of all scripts as they are."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def quoted(text: str) -> str:
+    """Return a text as it stands within the quotation marks of JSON."""
+    return json_text(text)[1:-1]
+
+
 def property_schema(root: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """Return the schema of a property of ``root``; ``None`` where it has none, or an empty one."""
     for schema in _parts(root, root):
@@ -69,19 +79,12 @@ def as_json(text: str, schema: Mapping[str, Any] | None, root: Mapping[str, Any]
         found = _READERS[kind](text.strip() if kind != "string" else text)
         if found is not None:
             return found
-    return "null" if "null" in kinds and not text.strip() else _json(text)
+    return "null" if "null" in kinds and not text.strip() else json_text(text)
 
 
 def literal_as_json(text: str) -> str:
     """Return the JSON of a literal, of JSON or of Python; of what is none, the text."""
-    for written in (text, _from_python(text) or ""):
-        try:
-            value = json.loads(written, parse_constant=_refuse)
-        except (ValueError, RecursionError):
-            continue
-        if not is_deeper(value, MAX_DEPTH):
-            return written
-    return _json(text)
+    return _literal(text, object) or json_text(text)
 
 
 def _parts(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -154,7 +157,7 @@ def _listed(schema: Mapping[str, Any] | None, root: Mapping[str, Any]) -> list[A
 def _one_of(text: str, values: list[Any]) -> str | None:
     """Return the JSON of the listed value that ``text`` means: the text itself first, then what it reads as."""
     if text in [value for value in values if isinstance(value, str)]:
-        return _json(text)
+        return json_text(text)
     bare = text.strip()
     for kind in ("null", "boolean", "number", "array", "object"):
         found = _READERS[kind](bare)
@@ -162,15 +165,15 @@ def _one_of(text: str, values: list[Any]) -> str | None:
             value = json.loads(found)
             for listed in values:
                 if listed == value and isinstance(listed, bool) == isinstance(value, bool):
-                    return _json(listed)
-    return _json(bare) if bare in [value for value in values if isinstance(value, str)] else None
+                    return json_text(listed)
+    return json_text(bare) if bare in [value for value in values if isinstance(value, str)] else None
 
 
 # ------------------------------------------------------------------ readers of one type
 
 
 def _string(text: str) -> str | None:
-    return _json(text)
+    return json_text(text)
 
 
 def _null(text: str) -> str | None:
@@ -207,14 +210,15 @@ def _number(text: str) -> str | None:
 
 
 def _object(text: str) -> str | None:
-    return _structure(text, dict) if text[:1] == "{" else None
+    return _literal(text, dict) if text[:1] == "{" else None
 
 
 def _array(text: str) -> str | None:
-    return _structure(text, list) if text[:1] in {"[", "("} else None
+    return _literal(text, list) if text[:1] in {"[", "("} else None
 
 
-def _structure(text: str, kind: type) -> str | None:
+def _literal(text: str, kind: type) -> str | None:
+    """Return the JSON of a literal of this type, of JSON or of Python; ``None`` if it is none."""
     for written in (text, _from_python(text)):
         if written is None:
             continue
@@ -281,9 +285,9 @@ def _from_python(text: str) -> str | None:
                 return None
         else:
             spelt = found["single"] if found["single"] is not None else found["double"]
-            word = _json(_ESCAPE.sub(_unescaped, spelt))
+            word = json_text(_ESCAPE.sub(_unescaped, spelt))
         is_key = bool(open_marks) and open_marks[-1] == "{" and output[-1] in {"{", ","}
-        output.append(_json(word) if is_key and word[0] != '"' else word)
+        output.append(json_text(word) if is_key and word[0] != '"' else word)
     return "".join(output)
 
 
@@ -295,7 +299,3 @@ def _unescaped(found: re.Match[str]) -> str:
         return chr(number) if number < 0x110000 and not 0xD800 <= number < 0xE000 else "\ufffd"
     one = found["one"]
     return _ONE.get(one, one if one in "'\"\\" else "\\" + one)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -4,12 +4,11 @@ Its texts stand between special tokens and need no escapes; they are streamed as
 for these tokens: a call is forced in the form of Hermes.
 """
 
-import json
 import re
 from typing import Final
 
 from neuron.text.forms import hermes, think
-from neuron.text.forms.bare_values import literal_as_json
+from neuron.text.forms.bare_values import json_text, literal_as_json, quoted
 from neuron.text.forms.form import (
     CallArguments,
     CallBegins,
@@ -53,7 +52,7 @@ class Gemma4Reader(CallReader):
             return []
         pieces: list[Piece] = []
         if self._state == self._string:
-            pieces.append(CallArguments(_quoted(self._pending) + '"'))
+            pieces.append(CallArguments(quoted(self._pending) + '"'))
         elif self._state == self._value and not self._wants_key:
             pieces.append(CallArguments(literal_as_json(self._pending.strip())))
         return [*pieces, *self._closed()]
@@ -102,7 +101,7 @@ class Gemma4Reader(CallReader):
             pieces += self._closed()
             return self._end(body)
         name = found["bare"] if found["quoted"] is None else found["quoted"]
-        pieces.append(CallArguments(f"{json.dumps(name, ensure_ascii=False)}: "))
+        pieces.append(CallArguments(f"{json_text(name)}: "))
         self._wants_key = False
         return self._go(self._value, body[found.end() :])
 
@@ -112,7 +111,7 @@ class Gemma4Reader(CallReader):
             keep = held_back(self._pending, [QUOTE])
             text, rest = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
         if text or closed:
-            pieces.append(CallArguments(_quoted(text) + ('"' if closed else "")))
+            pieces.append(CallArguments(quoted(text) + ('"' if closed else "")))
         return self._go(self._value if closed else self._string, rest) and bool(closed)
 
     def _close_bracket(self, body: str, pieces: list[Piece]) -> bool:
@@ -138,10 +137,6 @@ class Gemma4Reader(CallReader):
         closing = "".join(_CLOSES[each] for each in reversed(self._open))
         self._open = []
         return [CallArguments(closing), CallEnds()]
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 FORM: Final = CallForm("gemma4", lambda template: START in template, Gemma4Reader, hermes.grammar, START, (END, QUOTE))

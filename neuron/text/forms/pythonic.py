@@ -4,12 +4,11 @@ LFM2 writes them between special tokens, Llama 4 where the answer begins. An arg
 is no literal is sent as text.
 """
 
-import json
 import re
 from typing import Final
 
 from neuron.text.forms import hermes
-from neuron.text.forms.bare_values import literal_as_json
+from neuron.text.forms.bare_values import json_text, literal_as_json
 from neuron.text.forms.form import CallArguments, CallBegins, CallEnds, CallForm, CallReader, Piece
 from neuron.text.forms.json_calls import MAX_HEAD_CHARS
 
@@ -58,7 +57,7 @@ class PythonicReader(CallReader):
             return False
         start = ", " if self._num_given else "{"
         value = literal_as_json(self._pending[key.end() : end].strip())
-        pieces.append(CallArguments(f"{start}{json.dumps(key['name'], ensure_ascii=False)}: {value}"))
+        pieces.append(CallArguments(f"{start}{json_text(key['name'])}: {value}"))
         self._num_given += 1
         return self._go(self._argument, self._pending[end:].removeprefix(","))
 

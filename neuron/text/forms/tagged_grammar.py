@@ -1,12 +1,11 @@
 """Grammars of calls of tags with bare values (:mod:`neuron.text.forms.tagged_values`)."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from neuron.text.forms.bare_values import kinds_of, property_schema
+from neuron.text.forms.bare_values import json_text, kinds_of, property_schema
 from neuron.text.forms.form import ForcedTool
 from neuron.text.forms.json_calls import object_rule
 from neuron.text.schema import json_rule
@@ -60,14 +59,14 @@ def _call_rules(rule: str, tool: ForcedTool, writing: Writing) -> str:
         own = f"{rule}_{index}"
         kinds = kinds_of(property_schema(tool.parameters, name), tool.parameters)
         rules += _value_rules(f"{own}_value", prepared, definitions, writing, is_text="string" in kinds)
-        rules.append(f"{own}: {_json(writing.parameter.format(name))} {own}_value")
+        rules.append(f"{own}: {json_text(writing.parameter.format(name))} {own}_value")
         parts.append(own if name in required else f"({own})?")
     if not is_closed:
-        before, after = map(_json, writing.parameter.split("{}"))
+        before, after = map(json_text, writing.parameter.split("{}"))
         rules.append(f"{rule}_any: {before} /[^<>\\n]{{1,64}}/ {after} {rule}_value")
         rules += _value_rules(f"{rule}_value", {"type": "string"}, {}, writing, is_text=True)
         parts.append(f"({rule}_any)*")
-    texts = [_json(writing.function.format(tool.name)), *parts, _json(writing.function_end)]
+    texts = [json_text(writing.function.format(tool.name)), *parts, json_text(writing.function_end)]
     return "\n".join([" ".join(text for text in texts if text != EMPTY), *rules, ""])
 
 
@@ -79,15 +78,15 @@ def _value_rules(
     rule: str, schema: Any, definitions: Mapping[str, Any], writing: Writing, *, is_text: bool
 ) -> list[str]:
     """Return the rules of a value and of the tag that closes it."""
-    end = _json(writing.parameter_end)
+    end = json_text(writing.parameter_end)
     if not isinstance(schema, Mapping):
         raise _NotWritableError
     listed = [schema["const"]] if "const" in schema else schema.get("enum")
     if listed is not None and schema.keys() <= _OF_TEXTS:
-        texts = [value if isinstance(value, str) else _json(value) for value in listed]
+        texts = [value if isinstance(value, str) else json_text(value) for value in listed]
         if any("\n" in text or not text for text in texts):
             raise _NotWritableError
-        return [f"{rule}: ({' | '.join(map(_json, texts))}) {end}"]
+        return [f"{rule}: ({' | '.join(map(json_text, texts))}) {end}"]
     if not is_text:
         return [f"{rule}: {rule}_json {end}", f"{rule}_json: {json_rule(schema, definitions).strip()}"]
     if schema.keys() - _OF_TEXTS or ("pattern" in schema and schema.get("type") != "string"):
@@ -106,7 +105,3 @@ def _pattern(pattern: str) -> str:
         raise _NotWritableError
     escaped = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", inner)
     return f" & /{'' if starts else '(?s:.*)'}({escaped}){'' if ends else '(?s:.*)'}/"
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

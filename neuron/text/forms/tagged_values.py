@@ -6,14 +6,13 @@ that reads this very form: a closing tag closes it only where another tag of the
 read where the next parameter begins, or where the call is closed.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Final
 
-from neuron.text.forms.bare_values import as_json, kinds_of, property_names, property_schema
+from neuron.text.forms.bare_values import as_json, json_text, kinds_of, property_names, property_schema, quoted
 from neuron.text.forms.form import CallArguments, CallBegins, CallEnds, CallReader, Piece, Schemas
 from neuron.text.holdback import held_back
 
@@ -154,7 +153,7 @@ class TaggedValuesReader(CallReader):
             self._of_value = ANYTHING
         self._is_string = is_text == "true" or kinds_of(self._of_value, self._schema) == ("string",)
         self._state = self._value
-        pieces.append(CallArguments(f"{start}{_json(name)}: " + ('"' if self._is_string else "")))
+        pieces.append(CallArguments(f"{start}{json_text(name)}: " + ('"' if self._is_string else "")))
         self._skips_newline, self._is_empty = self.tags.on_lines, True
 
     def _value(self, pieces: list[Piece], *, final: bool = False) -> bool:
@@ -219,7 +218,7 @@ class TaggedValuesReader(CallReader):
         if not text:
             return
         if self._is_string:
-            pieces.append(CallArguments(_quoted(text)))
+            pieces.append(CallArguments(quoted(text)))
         else:
             self._parts.append(text)
 
@@ -245,11 +244,3 @@ class TaggedValuesReader(CallReader):
     def _close_call(self, pieces: list[Piece], rest: str) -> bool:
         pieces += [CallArguments("}" if self._given else "{}"), CallEnds()]
         return self._end(rest)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _quoted(text: str) -> str:
-    return _json(text)[1:-1]
